@@ -1,0 +1,1 @@
+"""Group-wise quantized weights for JAX."""
