@@ -1,0 +1,19 @@
+// What each instruction set's file defines, and what a CPU can run.
+#ifndef JAXQ_KERNELS_CPU_ISAS_H_
+#define JAXQ_KERNELS_CPU_ISAS_H_
+
+#include "kernels.h"
+
+namespace jaxq::cpu {
+
+extern const Isa kScalar, kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16;  // those that the build has
+
+// detect.cc: null where the CPU and its operating system can run it, else what is missing.
+const char* MissingAvx2();
+const char* MissingAvx512();
+const char* MissingAvx512Vnni();
+const char* MissingAvx512Bf16();
+
+}  // namespace jaxq::cpu
+
+#endif  // JAXQ_KERNELS_CPU_ISAS_H_

@@ -1,0 +1,111 @@
+// The interface between the FFI handlers and the kernels of one instruction set.
+//
+// How a new instruction set plugs in:
+//   1. Write `<name>.cc`. It includes this header, puts everything in a namespace of its own inside jaxq::cpu, and
+//      defines one `const Isa k<Name>`. A kernel that has no path for its arguments returns kDeclined before it
+//      writes anything: the next instruction set down the list is asked then, and `scalar` takes everything.
+//   2. Add one line to CMakeLists.txt, with the compiler flags of that file alone.
+//   3. Add one row to kIsas in dispatch.cc (best first), and a check to detect.cc where no present one fits.
+// The Python side and the tests read the list from the library, so they need no edit.
+//
+// Rules for such a file: no inline function or template of the standard library may be instantiated in it (the linker
+// may keep the copy with the wider instructions, and an older CPU would then run it); no static or thread-local
+// state; unaligned loads for everything that comes from outside; no read past the end of a buffer. `simd-inl.h` is a
+// complete set of kernels over a small vector type: a new file starts from there with about 150 lines.
+#ifndef JAXQ_KERNELS_CPU_KERNELS_H_
+#define JAXQ_KERNELS_CPU_KERNELS_H_
+
+#include <cstddef>
+#include <cstdint>
+
+namespace jaxq::cpu {
+
+enum class DType : uint8_t { kF32, kF16, kBF16, kU8 };
+enum class Mode : uint8_t { kAffine, kMxfp4, kMxfp8, kNvfp4 };
+enum class Outcome : uint8_t { kDone, kDeclined, kNoMemory };
+
+constexpr int64_t SizeOf(DType dtype) {
+  return dtype == DType::kF32 ? 4 : dtype == DType::kU8 ? 1 : 2;
+}
+
+struct Format {
+  Mode mode;
+  int bits;
+  int group_size;
+
+  bool affine() const { return mode == Mode::kAffine; }
+};
+
+// Work that is cut into numbered tasks. `slot` numbers the worker, 0 <= slot < slots(): two tasks that run at the same
+// time have different slots, so scratch memory can be indexed by it. What a task computes must not depend on its slot
+// or on the number of slots: results are the same bits whatever the number of threads.
+class Parallel {
+ public:
+  using Task = void (*)(void* context, int64_t task, int slot);
+
+  virtual int slots() const = 0;
+  virtual void Run(int64_t tasks, Task task, void* context) const = 0;
+
+  template <typename F>
+  void For(int64_t tasks, F&& body) const {
+    Run(tasks, [](void* context, int64_t task, int slot) { (*static_cast<F*>(context))(task, slot); }, &body);
+  }
+
+ protected:
+  ~Parallel() = default;
+};
+
+// w[rows, length] -> packed[rows, length*bits/32], scales and biases[rows, length/group_size].
+struct QuantizeArgs {
+  Format format;
+  int64_t rows, length;
+  const void* w;
+  DType w_dtype;
+  uint8_t* packed;
+  void* scales;  // of w_dtype; uint8 in the float modes
+  void* biases;  // of w_dtype; null in the float modes
+};
+
+// The inverse: out[rows, length] in out_dtype.
+struct DequantizeArgs {
+  Format format;
+  int64_t rows, length;
+  const uint8_t* packed;
+  const void* scales;
+  const void* biases;
+  DType scale_dtype;
+  void* out;
+  DType out_dtype;
+};
+
+// A weight w[N, K] in groups along K. transpose: y[M, N] = x[M, K] @ w.T; otherwise y[M, K] = x[M, N] @ w.
+// Everything is dense and in C order. M, N and K are at least 1; K is a multiple of group_size and of 32/bits words.
+struct MatmulArgs {
+  Format format;
+  bool transpose;
+  int64_t M, N, K;
+  const void* x;
+  DType x_dtype;
+  const uint8_t* packed;
+  const void* scales;
+  const void* biases;
+  DType scale_dtype;
+  void* y;  // of x_dtype
+
+  int64_t groups() const { return K / format.group_size; }
+  int64_t row_bytes() const { return K / 8 * format.bits; }
+};
+
+// One instruction set. `missing` returns null where this CPU (and its operating system) can run it, else what it
+// lacks, for people to read. A null kernel declines everything.
+struct Isa {
+  const char* name;
+  const char* (*missing)();
+  Outcome (*quantize)(const QuantizeArgs&, const Parallel&);
+  Outcome (*dequantize)(const DequantizeArgs&, const Parallel&);
+  Outcome (*matmul)(const MatmulArgs&, const Parallel&);
+};
+
+}  // namespace jaxq::cpu
+
+#endif  // JAXQ_KERNELS_CPU_KERNELS_H_
