@@ -1,0 +1,1 @@
+"""What an operation means: binding, abstract evaluation, batching, derivatives. One file per operation."""

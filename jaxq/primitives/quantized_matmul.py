@@ -1,0 +1,185 @@
+"""`quantized_matmul`: a dense array times a quantized weight, without a dense copy of the weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.interpreters import ad, batching
+
+from jaxq import _compat
+from jaxq.array import QuantizedArray, check_complete
+from jaxq.primitives import common
+from jaxq.primitives.dequantize import weight_cotangents
+from jaxq.spec import QuantSpec
+
+
+def quantized_matmul(
+    x: jax.typing.ArrayLike, qw: QuantizedArray, *, transpose: bool = True, implementation: str | None = None
+) -> jax.Array:
+    """Multiply by a quantized weight: `x @ w.T` for a weight that is stored `w[..., N, K]`, grouped along K.
+
+    Args:
+      x: float32, float16 or bfloat16 `[..., M, K]` or `[K]` (`[..., M, N]` or `[N]` where not `transpose`).
+      qw: the weight. Its leading axes, if any, are batch axes and broadcast against those of x, as in `jnp.matmul`.
+      transpose: whether x's last axis is contracted with the grouped axis of qw (MLX's word), or with the other one.
+      implementation: which implementation runs it; None for the fastest of the platform.
+
+    Returns:
+      `[..., M, N]` (`[..., M, K]` where not `transpose`) in x's dtype; computed in float32 and rounded once.
+
+    Raises:
+      TypeError: a qw that is no QuantizedArray; an x that is one, or that is not float32, float16 or bfloat16.
+      ValueError: lengths that don't match, batch axes that don't broadcast, an unusable implementation.
+    """
+    if not isinstance(qw, QuantizedArray):
+        raise TypeError(f"quantized_matmul: qw is a {type(qw).__name__}; pass a QuantizedArray")
+    if isinstance(x, QuantizedArray):
+        raise TypeError("quantized_matmul: both operands are quantized; call x.dequantize() on one of them")
+    check_complete("quantized_matmul", qw)
+    if len(qw.axis) > 1:
+        raise ValueError(
+            f"quantized_matmul: qw contracts {len(qw.axis)} axes together (axis={qw.axis}); "
+            "call jnp.einsum or jnp.tensordot under jaxq.dispatch"
+        )
+    x = jnp.asarray(x)
+    if x.dtype not in common.FLOAT_DTYPES:
+        raise TypeError(f"quantized_matmul: x.dtype={x.dtype.name}; cast x to float32, float16 or bfloat16")
+    if x.ndim == 0:
+        raise ValueError("quantized_matmul: x is a scalar; it needs an axis to contract")
+    *_, rows, length = qw.storage_shape
+    contracted = length if transpose else rows
+    if x.shape[-1] != contracted:
+        raise ValueError(
+            f"quantized_matmul: x.shape[-1]={x.shape[-1]} does not match the {contracted} of the weight's "
+            f"{'grouped' if transpose else 'other'} axis (x.shape={x.shape}, weight [..., {rows}, {length}], "
+            f"transpose={transpose})"
+        )
+    name = common.resolve_implementation("quantized_matmul", implementation, "quantized_matmul", qw.spec)
+    parameters = dict(spec=qw.spec, transpose=bool(transpose), implementation=name)
+    if len(qw.storage_shape) == 2:
+        return bind_quantized_matmul(x, *qw.leaves, **parameters)
+    return _broadcast_batch(x, qw.leaves, parameters)
+
+
+def bind_quantized_matmul(
+    x: Any, *leaves: Any, spec: QuantSpec, transpose: bool, implementation: str | None = None
+) -> jax.Array:
+    """The primitive on storage: x[B..., ..., K], packed uint32[B..., N, W], scales and biases [B..., N, G].
+
+    B... are the weight's leading axes and stand first in x too; what x has between them and its last axis is free.
+    """
+    operands = _compat.align_varying(x, *leaves)
+    return quantized_matmul_p.bind(*operands, spec=spec, transpose=transpose, implementation=implementation)
+
+
+def _broadcast_batch(x: jax.Array, leaves: Sequence[Any], parameters: dict[str, Any]) -> jax.Array:
+    """Batch axes broadcast as in `jnp.matmul`; an axis that the weight lacks joins the rows of x, so nothing of the
+    weight is copied, while one that x lacks is broadcast in x, which is the small operand."""
+    vector = x.ndim == 1
+    x = x[None] if vector else x
+    weight_batch = leaves[0].shape[:-2]
+    try:
+        batch = np.broadcast_shapes(x.shape[:-2], weight_batch)
+    except ValueError:
+        raise ValueError(
+            f"quantized_matmul: the batch axes of x, {x.shape[:-2]}, don't broadcast with the weight's, {weight_batch}"
+        ) from None
+    x = jnp.broadcast_to(x, (*batch, *x.shape[-2:]))
+    own = [i for i, size in enumerate((1,) * (len(batch) - len(weight_batch)) + weight_batch) if size != 1]
+    free = [i for i in range(len(batch)) if i not in own]
+    order = [*own, *free, x.ndim - 2, x.ndim - 1]
+    sizes = [batch[i] for i in own]
+    leaves = [leaf.reshape(*sizes, *leaf.shape[-2:]) for leaf in leaves]
+    y = bind_quantized_matmul(lax.transpose(x, order), *leaves, **parameters)
+    y = lax.transpose(y, np.argsort(order))
+    return y[..., 0, :] if vector else y
+
+
+def _abstract_eval(
+    x: Any, packed: Any, *params: Any, spec: QuantSpec, transpose: bool, implementation: str | None
+) -> Any:
+    batch = packed.ndim - 2
+    *_, rows, words = packed.shape
+    length = spec.length(words)
+    contracted, out = (length, rows) if transpose else (rows, length)
+    if x.shape[:batch] != packed.shape[:batch] or x.ndim <= batch or x.shape[-1] != contracted:
+        raise ValueError(f"quantized_matmul: x{list(x.shape)} does not fit packed{list(packed.shape)} ({spec})")
+    *lead, x_part = _compat.partition(x)
+    row_part, word_part = _compat.partition(packed)[-2:]
+    contracted_part, out_part = (word_part, row_part) if transpose else (row_part, word_part)
+    if x_part is not None or contracted_part is not None:
+        raise ValueError(
+            f"quantized_matmul: the contracted axis is partitioned over mesh axis {x_part or contracted_part!r} of an "
+            "explicit mesh; use jax.shard_map with a psum, or a mesh axis of type Auto"
+        )
+    return _compat.result_aval([x, packed, *params], (*x.shape[:-1], out), x.dtype, (*lead, out_part))
+
+
+def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **parameters: Any) -> Any:
+    """Linear in x, and in scales and biases together; both tangents are quantized products themselves."""
+    x, packed, *params = primals
+    dx, _, *dparams = tangents
+    out = quantized_matmul_p.bind(*primals, **parameters)
+    tangent = common.zero_tangent(out)
+    if not common.is_zero(dx):
+        tangent = quantized_matmul_p.bind(dx, packed, *params, **parameters)
+    if not all(common.is_zero(t) for t in dparams):
+        dparams = [common.instantiate(t, p) for t, p in zip(dparams, params, strict=True)]
+        tangent = ad.add_tangents(tangent, quantized_matmul_p.bind(x, packed, *dparams, **parameters))
+    return out, tangent
+
+
+def _transpose(
+    ct: Any, x: Any, packed: Any, *params: Any, spec: QuantSpec, transpose: bool, implementation: str | None
+) -> list[Any]:
+    if ad.is_undefined_primal(x):
+        if type(ct) is ad.Zero:
+            return [ad.Zero(x.aval), None, *(None for _ in params)]
+        dx = quantized_matmul_p.bind(
+            ct, packed, *params, spec=spec, transpose=not transpose, implementation=implementation
+        )
+        return [dx, None, *(None for _ in params)]
+    if type(ct) is ad.Zero:
+        return [None, None, *(ad.Zero(p.aval) if ad.is_undefined_primal(p) else None for p in params)]
+    # ct[B..., M, N] and x[B..., M, K] (the other way round where not transpose) -> the cotangent of w[B..., N, K].
+    batch = tuple(range(packed.ndim - 2))
+    free = tuple(range(packed.ndim - 2, x.ndim - 1))
+    rows, columns = (ct, x) if transpose else (x, ct)
+    dw = lax.dot_general(
+        rows.astype(jnp.float32),
+        columns.astype(jnp.float32),
+        ((free, free), (batch, batch)),
+        precision=lax.Precision.HIGHEST,
+    )
+    dtypes = [p.aval.dtype if ad.is_undefined_primal(p) else p.dtype for p in params]
+    return [None, None, *weight_cotangents(dw, packed, dtypes, spec)]
+
+
+def _batch(args: Sequence[Any], dims: Sequence[int | None], **parameters: Any) -> Any:
+    """A batch of x alone becomes more rows, and the weight is read once; a batch of weights becomes a batch axis."""
+    x, packed, *params = args
+    if all(dim is None for dim in dims[1:]):
+        axis = packed.ndim - 2
+        return quantized_matmul_p.bind(jnp.moveaxis(x, dims[0], axis), packed, *params, **parameters), axis
+    return quantized_matmul_p.bind(*common.batch_leading(args, dims), **parameters), 0
+
+
+def canonical(x: Any, leaves: Sequence[Any]) -> tuple[jax.Array, list[jax.Array]]:
+    """x[M, K] with leaves of rank 2, or x[B, M, K] with leaves of rank 3: what the lowerings take."""
+    batch = leaves[0].ndim - 2
+    sizes = x.shape[:batch]
+    lead = (math.prod(sizes),) if batch else ()
+    x = x.reshape(*lead, math.prod(x.shape[batch:-1]), x.shape[-1])
+    return x, [leaf.reshape(*lead, *leaf.shape[-2:]) for leaf in leaves]
+
+
+quantized_matmul_p = common.define("quantized_matmul", _abstract_eval, multiple_results=False)
+ad.primitive_jvps[quantized_matmul_p] = _jvp
+ad.primitive_transposes[quantized_matmul_p] = _transpose
+batching.primitive_batchers[quantized_matmul_p] = _batch
