@@ -22,8 +22,10 @@ _HELP = (
     "wrap the function in jaxq.dispatch, or call qw.dequantize()"
 )
 
-# What `__jax_array__` returns while jaxq.dispatch stages a function; set there, so that nothing here imports it.
-_placeholder: Callable[[QuantizedArray], Callable[[], jax.Array] | None] = lambda qw: None
+
+def _placeholder(qw: QuantizedArray) -> Callable[[], jax.Array] | None:
+    """What `__jax_array__` is: absent here; jaxq.dispatch puts its own in this place, so that nothing imports it."""
+    return None
 
 
 class _Helpful(type):
