@@ -18,13 +18,16 @@
 #include <cstddef>
 #include <cstdint>
 
+// Never emitted as a function of its own, which the linker could share between files of different flags.
+#define JAXQ_INLINE inline __attribute__((always_inline))
+
 namespace jaxq::cpu {
 
 enum class DType : uint8_t { kF32, kF16, kBF16, kU8 };
 enum class Mode : uint8_t { kAffine, kMxfp4, kMxfp8, kNvfp4 };
 enum class Outcome : uint8_t { kDone, kDeclined, kNoMemory };
 
-constexpr int64_t SizeOf(DType dtype) {
+constexpr JAXQ_INLINE int64_t SizeOf(DType dtype) {
   return dtype == DType::kF32 ? 4 : dtype == DType::kU8 ? 1 : 2;
 }
 
@@ -33,7 +36,7 @@ struct Format {
   int bits;
   int group_size;
 
-  bool affine() const { return mode == Mode::kAffine; }
+  JAXQ_INLINE bool affine() const { return mode == Mode::kAffine; }
 };
 
 // Work that is cut into numbered tasks. `slot` numbers the worker, 0 <= slot < slots(): two tasks that run at the same
@@ -46,8 +49,8 @@ class Parallel {
   virtual int slots() const = 0;
   virtual void Run(int64_t tasks, Task task, void* context) const = 0;
 
-  template <typename F>
-  void For(int64_t tasks, F&& body) const {
+  template <typename F>  // F is a lambda, so each file has an instance of its own
+  JAXQ_INLINE void For(int64_t tasks, F&& body) const {
     Run(tasks, [](void* context, int64_t task, int slot) { (*static_cast<F*>(context))(task, slot); }, &body);
   }
 
@@ -92,8 +95,8 @@ struct MatmulArgs {
   DType scale_dtype;
   void* y;  // of x_dtype
 
-  int64_t groups() const { return K / format.group_size; }
-  int64_t row_bytes() const { return K / 8 * format.bits; }
+  JAXQ_INLINE int64_t groups() const { return K / format.group_size; }
+  JAXQ_INLINE int64_t row_bytes() const { return K / 8 * format.bits; }
 };
 
 // One instruction set. `missing` returns null where this CPU (and its operating system) can run it, else what it

@@ -1,0 +1,100 @@
+// AVX2 with FMA, F16C and BMI2.
+
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "isas.h"
+#include "numbers.h"
+
+#define JAXQ_ISA avx2
+
+namespace jaxq::cpu::avx2 {
+namespace {
+
+constexpr int64_t kLanes = 8, kTileRows = 6, kTileVectors = 2;
+using F = __m256;
+
+JAXQ_INLINE F Zero() { return _mm256_setzero_ps(); }
+JAXQ_INLINE F Set1(float v) { return _mm256_set1_ps(v); }
+JAXQ_INLINE F Load(const float* p) { return _mm256_loadu_ps(p); }
+JAXQ_INLINE void Store(float* p, F v) { _mm256_storeu_ps(p, v); }
+JAXQ_INLINE F Add(F a, F b) { return _mm256_add_ps(a, b); }
+JAXQ_INLINE F Sub(F a, F b) { return _mm256_sub_ps(a, b); }
+JAXQ_INLINE F Mul(F a, F b) { return _mm256_mul_ps(a, b); }
+JAXQ_INLINE F Div(F a, F b) { return _mm256_div_ps(a, b); }
+JAXQ_INLINE F Min(F a, F b) { return _mm256_min_ps(a, b); }
+JAXQ_INLINE F Max(F a, F b) { return _mm256_max_ps(a, b); }
+JAXQ_INLINE F Round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+JAXQ_INLINE F Fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+
+JAXQ_INLINE __m128i LoadHalves(const uint16_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+JAXQ_INLINE F LoadF16(const uint16_t* p) { return _mm256_cvtph_ps(LoadHalves(p)); }
+JAXQ_INLINE F LoadBf16(const uint16_t* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(LoadHalves(p)), 16));
+}
+JAXQ_INLINE void StoreF16(uint16_t* p, F v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+JAXQ_INLINE void StoreBf16(uint16_t* p, F v) {
+  const __m256i bits = _mm256_castps_si256(v), high = _mm256_srli_epi32(bits, 16);
+  const __m256i half = _mm256_add_epi32(_mm256_and_si256(high, _mm256_set1_epi32(1)), _mm256_set1_epi32(0x7fff));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+  const __m256i words = _mm256_blendv_epi8(rounded, _mm256_or_si256(high, _mm256_set1_epi32(0x40)), nan);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+
+JAXQ_INLINE __m128i LoadBytes(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
+JAXQ_INLINE F FromU8(const uint8_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(LoadBytes(p))); }
+JAXQ_INLINE F FromS8(const int8_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(LoadBytes(p))); }
+JAXQ_INLINE void ToU8(uint8_t* p, F v) {
+  const __m256i words = _mm256_cvtps_epi32(v);
+  const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(halves, halves));
+}
+
+JAXQ_INLINE float Sum(F v) {
+  __m128 a = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  a = _mm_add_ps(a, _mm_movehl_ps(a, a));
+  return _mm_cvtss_f32(_mm_add_ss(a, _mm_shuffle_ps(a, a, 1)));
+}
+JAXQ_INLINE float MinOf(F v) {
+  __m128 a = _mm_min_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  a = _mm_min_ps(a, _mm_movehl_ps(a, a));
+  return _mm_cvtss_f32(_mm_min_ss(a, _mm_shuffle_ps(a, a, 1)));
+}
+JAXQ_INLINE float MaxOf(F v) { return -MinOf(_mm256_sub_ps(_mm256_setzero_ps(), v)); }
+
+JAXQ_INLINE void Transpose(F r[8]) {
+  F t[8], u[8];
+  for (int i = 0; i < 4; ++i) {
+    t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 2; ++i) {
+    u[4 * i] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
+    u[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
+    u[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
+    u[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
+    r[i + 4] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
+  }
+}
+
+#include "x86-inl.h"
+
+}  // namespace
+}  // namespace jaxq::cpu::avx2
+
+#include "convert-inl.h"
+#include "matmul-inl.h"
+
+namespace jaxq::cpu {
+
+const Isa kAvx2 = {"avx2", MissingAvx2, avx2::Quantize, avx2::Dequantize, avx2::Matmul};
+
+}  // namespace jaxq::cpu

@@ -1,0 +1,164 @@
+// The blocked matrix product of matmul-inl.h: y[M, J] = x[M, L] by a dequantized weight, where J is N and L is K for
+// transpose=True, and the other way round for transpose=False.
+
+#ifndef JAXQ_KERNELS_CPU_GEMM_INL_H_
+#define JAXQ_KERNELS_CPU_GEMM_INL_H_
+
+#include "simd-inl.h"
+
+namespace jaxq::cpu {
+namespace JAXQ_ISA {
+namespace {
+
+constexpr int64_t kTileColumns = kTileVectors * kLanes;
+constexpr int64_t kPanelColumns = 128;  // J per task; a multiple of every tile and of every group
+constexpr int64_t kPanelSteps = 256;    // L per panel; a multiple of every group
+constexpr int64_t kPassBytes = 8 << 20;  // of x, packed as floats, at a time
+
+// The scratch of one worker.
+struct PanelScratch {
+  float panel[kPanelColumns * kPanelSteps];  // [J / kTileColumns][L][kTileColumns]
+  uint8_t codes[kLanes][kPanelSteps + 64];
+  float scales[kLanes][kPanelSteps / 16], biases[kLanes][kPanelSteps / 16];
+};
+
+// One tile of panels' columns: rows n0 .. n0+kLanes of w, transposed. Rows past the end give zeros.
+template <Kind kKind>
+void TransposedColumns(const Weight& weight, int64_t n0, int64_t first, int64_t steps, float* out, PanelScratch* s) {
+  const int64_t g = weight.format.group_size, rows = Least(kLanes, weight.rows - n0);
+  for (int64_t r = 0; r < rows; ++r) {
+    weight.Codes(n0 + r, first, steps, s->codes[r]);
+    weight.Scales(n0 + r, first / g, steps / g, s->scales[r]);
+    weight.Biases(n0 + r, first / g, steps / g, s->biases[r]);
+  }
+  for (int64_t k = 0; k < steps; k += kLanes) {
+    F block[kLanes];
+    for (int64_t r = 0; r < kLanes; ++r) {
+      block[r] = r < rows ? Fma(Values<kKind>(weight, s->codes[r] + k), Set1(s->scales[r][k / g]),
+                                Set1(s->biases[r][k / g]))
+                          : Zero();
+    }
+    Transpose(block);
+    for (int64_t i = 0; i < kLanes; ++i) Store(out + (k + i) * kTileColumns, block[i]);
+  }
+}
+
+// panel <- w[first : first+columns, l0 : l0+steps].T
+template <Kind kKind>
+void TransposedPanel(const Weight& weight, int64_t first, int64_t columns, int64_t l0, int64_t steps, PanelScratch* s) {
+  for (int64_t j = 0; j < columns; j += kLanes) {
+    float* out = s->panel + j / kTileColumns * kTileColumns * steps + j % kTileColumns;
+    TransposedColumns<kKind>(weight, first + j, l0, steps, out, s);
+  }
+  for (int64_t j = RoundUp(columns, kLanes); j % kTileColumns != 0; j += kLanes) {
+    float* out = s->panel + j / kTileColumns * kTileColumns * steps + j % kTileColumns;
+    for (int64_t l = 0; l < steps; ++l) Store(out + l * kTileColumns, Zero());
+  }
+}
+
+// panel <- w[l0 : l0+steps, first : first+columns]
+template <Kind kKind>
+void PlainPanel(const Weight& weight, int64_t first, int64_t columns, int64_t l0, int64_t steps, PanelScratch* s) {
+  const int64_t g = weight.format.group_size;
+  for (int64_t l = 0; l < steps; ++l) {
+    weight.Codes(l0 + l, first, columns, s->codes[0]);
+    weight.Scales(l0 + l, first / g, columns / g, s->scales[0]);
+    weight.Biases(l0 + l, first / g, columns / g, s->biases[0]);
+    for (int64_t j = 0; j < RoundUp(columns, kTileColumns); j += kLanes) {
+      float* out = s->panel + (j / kTileColumns * steps + l) * kTileColumns + j % kTileColumns;
+      if (j < columns)
+        Store(out, Fma(Values<kKind>(weight, s->codes[0] + j), Set1(s->scales[0][j / g]), Set1(s->biases[0][j / g])));
+      else
+        Store(out, Zero());
+    }
+  }
+}
+
+// sums[kRows][kPanelColumns apart] += x[steps][kRows] by panel[steps][kTileColumns], all in registers.
+template <int kRows>
+JAXQ_INLINE void MultiplyTile(const float* x, const float* panel, int64_t steps, float* sums) {
+  F acc[kRows][kTileVectors];
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kTileVectors; ++v) acc[r][v] = Load(sums + r * kPanelColumns + v * kLanes);
+  for (int64_t l = 0; l < steps; ++l, x += kRows, panel += kTileColumns) {
+    F w[kTileVectors];
+    for (int v = 0; v < kTileVectors; ++v) w[v] = Load(panel + v * kLanes);
+    for (int r = 0; r < kRows; ++r) {
+      const F xr = Set1(x[r]);
+      for (int v = 0; v < kTileVectors; ++v) acc[r][v] = Fma(xr, w[v], acc[r][v]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kTileVectors; ++v) Store(sums + r * kPanelColumns + v * kLanes, acc[r][v]);
+}
+
+template <int kRows>
+void MultiplyRows(int64_t rows, const float* x, const float* panel, int64_t steps, float* sums) {
+  if (rows == kRows) return MultiplyTile<kRows>(x, panel, steps, sums);
+  if constexpr (kRows > 1) MultiplyRows<kRows - 1>(rows, x, panel, steps, sums);
+}
+
+// x[m0 : m0+rows] as floats in tiles [L][rows of the tile]; the last tile may have fewer rows.
+void PackX(const MatmulArgs& args, int64_t L, int64_t m0, int64_t rows, float* out) {
+  constexpr int64_t kBlock = 64;
+  float lines[kTileRows][kBlock];
+  for (int64_t l = 0; l < L; l += kBlock) {
+    const int64_t steps = Least(kBlock, L - l);
+    for (int64_t r = 0; r < rows; ++r) ToFloats(args.x_dtype, args.x, (m0 + r) * L + l, steps, lines[r]);
+    for (int64_t i = 0; i < steps; ++i)
+      for (int64_t r = 0; r < rows; ++r) out[(l + i) * rows + r] = lines[r][i];
+  }
+}
+
+// One task: columns j0 .. of the result for rows m0 .. m0+rows. x: tiles of PackX; sums: float[rows, kPanelColumns].
+void MultiplyColumns(const MatmulArgs& args, const Weight& weight, int64_t j0, int64_t m0, int64_t rows, const float* x,
+                     float* sums, PanelScratch* s) {
+  const int64_t L = args.transpose ? args.K : args.N, J = args.transpose ? args.N : args.K;
+  const int64_t columns = Least(kPanelColumns, J - j0);
+  std::memset(sums, 0, static_cast<size_t>(rows * kPanelColumns) * sizeof(float));
+  for (int64_t l = 0; l < L; l += kPanelSteps) {
+    const int64_t steps = Least(kPanelSteps, L - l);
+    WithKind(weight.kind, [&](auto kind) {
+      if (args.transpose)
+        TransposedPanel<decltype(kind)::value>(weight, j0, columns, l, steps, s);
+      else
+        PlainPanel<decltype(kind)::value>(weight, j0, columns, l, steps, s);
+    });
+    for (int64_t m = 0; m < rows; m += kTileRows) {
+      const int64_t tile = Least(kTileRows, rows - m);
+      for (int64_t j = 0; j < columns; j += kTileColumns)
+        MultiplyRows<kTileRows>(tile, x + m * L + l * tile, s->panel + j * steps, steps, sums + m * kPanelColumns + j);
+    }
+  }
+  for (int64_t m = 0; m < rows; ++m)
+    FromFloats(args.x_dtype, sums + m * kPanelColumns, columns, args.y, (m0 + m) * J + j0);
+}
+
+Outcome MatmulPanels(const MatmulArgs& args, const Weight& weight, const Parallel& parallel) {
+  const int64_t L = args.transpose ? args.K : args.N, J = args.transpose ? args.N : args.K;
+  const int64_t fit = Most(kPassBytes / (L * 4) / kTileRows, 4) * kTileRows, pass = Least(args.M, fit);
+  const int64_t per_slot = Room<PanelScratch>(1) + Room<float>(pass * kPanelColumns);
+  const Scratch scratch(Room<float>(pass * L) + parallel.slots() * per_slot);
+  if (!scratch.ok()) return Outcome::kNoMemory;
+  char* cursor = scratch.data();
+  float* x = Take<float>(&cursor, pass * L);
+  for (int64_t m0 = 0; m0 < args.M; m0 += pass) {
+    const int64_t rows = Least(pass, args.M - m0);
+    parallel.For(Ceil(rows, kTileRows), [&](int64_t task, int) {
+      const int64_t m = task * kTileRows;
+      PackX(args, L, m0 + m, Least(kTileRows, rows - m), x + m * L);
+    });
+    parallel.For(Ceil(J, kPanelColumns), [&](int64_t task, int slot) {
+      char* mine = cursor + slot * per_slot;
+      auto* s = Take<PanelScratch>(&mine, 1);
+      MultiplyColumns(args, weight, task * kPanelColumns, m0, rows, x, reinterpret_cast<float*>(mine), s);
+    });
+  }
+  return Outcome::kDone;
+}
+
+}  // namespace
+}  // namespace JAXQ_ISA
+}  // namespace jaxq::cpu
+
+#endif  // JAXQ_KERNELS_CPU_GEMM_INL_H_

@@ -1,0 +1,234 @@
+// quantized_matmul in float32 over the vector type of simd-inl.h: any format, any sizes.
+//
+//   few rows of x, transpose=True:   DotRows. Codes are unpacked into the first-level cache and multiplied along K;
+//                                    a group's sum is scaled once, and its bias meets the group's sum of x.
+//   few rows of x, transpose=False:  SumColumns. The scale goes into x: y += (x*scale) * codes, along K again.
+//   more rows:                       a blocked matrix product: a panel of w, some 128 columns of the result by 256
+//                                    steps of the sum, is dequantized into the second-level cache, and used for all x.
+
+#ifndef JAXQ_KERNELS_CPU_MATMUL_INL_H_
+#define JAXQ_KERNELS_CPU_MATMUL_INL_H_
+
+#include "simd-inl.h"
+
+namespace jaxq::cpu {
+namespace JAXQ_ISA {
+namespace {
+
+constexpr int64_t kFewRows = 4;
+
+// ---- transpose=True, few rows
+
+constexpr int64_t kDotBlock = 1024;  // codes at a time
+constexpr int64_t kDotRows = 2;      // rows of w at a time
+constexpr int64_t kDotTask = 32;     // rows of w per task
+
+struct DotScratch {
+  uint8_t codes[kDotRows][kDotBlock + 64];
+  float scales[kDotBlock / 16], biases[kDotBlock / 16];
+};
+
+// sum_g bias[g] * xsum[g], as part of a vector of partial sums.
+JAXQ_INLINE F DotGroups(const float* a, const float* b, int64_t count, F sum) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) sum = Fma(Load(a + i), Load(b + i), sum);
+  float rest[kLanes] = {};
+  for (int64_t j = i; j < count; ++j) rest[j - i] = a[j] * b[j];
+  return Add(sum, Load(rest));
+}
+
+// kM rows of x by rows n .. n+rows of w (kDotRows at most). x: float[kM, K], xsum: float[kM, G].
+template <Kind kKind, int kM>
+void DotBlock(const MatmulArgs& args, const Weight& weight, int64_t n, int64_t rows, const float* x, const float* xsum,
+              int64_t m0, DotScratch* scratch) {
+  const int64_t g = weight.format.group_size, per_block = kDotBlock / g, groups = weight.groups, K = weight.length;
+  float scales[kDotRows][kDotBlock / 16];
+  F totals[kDotRows][kM];
+  for (auto& row : totals)
+    for (F& total : row) total = Zero();
+  for (int64_t group = 0; group < groups; group += per_block) {
+    const int64_t count = Least(per_block, groups - group);
+    for (int64_t r = 0; r < kDotRows; ++r) {
+      const int64_t row = n + Least(r, rows - 1);
+      weight.Codes(row, group * g, count * g, scratch->codes[r]);
+      weight.Scales(row, group, count, scales[r]);
+      if (!weight.format.affine()) continue;
+      weight.Biases(row, group, count, scratch->biases);
+      for (int m = 0; m < kM; ++m)
+        totals[r][m] = DotGroups(scratch->biases, xsum + m * groups + group, count, totals[r][m]);
+    }
+    for (int64_t j = 0; j < count; ++j) {
+      F sums[kDotRows][kM];
+      for (auto& row : sums)
+        for (F& sum : row) sum = Zero();
+      const float* xg = x + (group + j) * g;
+      for (int64_t i = 0; i < g; i += kLanes) {
+        for (int64_t r = 0; r < kDotRows; ++r) {
+          const F values = Values<kKind>(weight, scratch->codes[r] + j * g + i);
+          for (int m = 0; m < kM; ++m) sums[r][m] = Fma(values, Load(xg + m * K + i), sums[r][m]);
+        }
+      }
+      for (int64_t r = 0; r < kDotRows; ++r)
+        for (int m = 0; m < kM; ++m) totals[r][m] = Fma(sums[r][m], Set1(scales[r][j]), totals[r][m]);
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r)
+    for (int m = 0; m < kM; ++m) StoreAs(args.x_dtype, args.y, (m0 + m) * args.N + n + r, Sum(totals[r][m]));
+}
+
+template <Kind kKind>
+void DotRows(const MatmulArgs& args, const Weight& weight, int64_t first, int64_t last, const float* x,
+             const float* xsum) {
+  DotScratch scratch;
+  for (int64_t n = first; n < last; n += kDotRows) {
+    const int64_t rows = Least(kDotRows, last - n);
+    switch (args.M) {
+      case 1:
+        DotBlock<kKind, 1>(args, weight, n, rows, x, xsum, 0, &scratch);
+        break;
+      case 2:
+        DotBlock<kKind, 2>(args, weight, n, rows, x, xsum, 0, &scratch);
+        break;
+      case 3:
+        DotBlock<kKind, 3>(args, weight, n, rows, x, xsum, 0, &scratch);
+        break;
+      default:
+        DotBlock<kKind, 4>(args, weight, n, rows, x, xsum, 0, &scratch);
+    }
+  }
+}
+
+Outcome MatmulDot(const MatmulArgs& args, const Weight& weight, const Parallel& parallel) {
+  const int64_t g = weight.format.group_size, groups = weight.groups;
+  const Scratch scratch(Room<float>(args.M * args.K) + Room<float>(args.M * groups));
+  if (!scratch.ok()) return Outcome::kNoMemory;
+  char* cursor = scratch.data();
+  float* x = Take<float>(&cursor, args.M * args.K);
+  float* xsum = Take<float>(&cursor, args.M * groups);
+  ToFloats(args.x_dtype, args.x, 0, args.M * args.K, x);
+  for (int64_t at = 0; at < args.M * groups; ++at) {
+    F sum = Zero();
+    for (int64_t i = 0; i < g; i += kLanes) sum = Add(sum, Load(x + at * g + i));
+    xsum[at] = Sum(sum);
+  }
+  parallel.For(Ceil(args.N, kDotTask), [&](int64_t task, int) {
+    const int64_t first = task * kDotTask, last = Least(args.N, first + kDotTask);
+    WithKind(weight.kind, [&](auto kind) { DotRows<decltype(kind)::value>(args, weight, first, last, x, xsum); });
+  });
+  return Outcome::kDone;
+}
+
+// ---- transpose=False, few rows
+
+constexpr int64_t kColumns = 512;  // columns of w per task
+constexpr int64_t kSumRows = 32;   // rows of w whose codes are unpacked at a time
+constexpr int64_t kStripe = 4;     // vectors of sums in registers, for each row of x
+
+struct ColumnScratch {
+  uint8_t codes[kSumRows][kColumns + 64];
+  float scaled[kSumRows][kFewRows][kColumns / 16];  // x * scale
+  float biased[kFewRows][kColumns / 16];            // sum of x * bias
+  float totals[kFewRows][kColumns];
+};
+
+// totals[m, at : at + kVectors*kLanes] += sum over rows of scaled * codes.
+template <Kind kKind, int kM, int kVectors>
+JAXQ_INLINE void SumStripe(const Weight& weight, int64_t rows, int64_t at, ColumnScratch* s) {
+  const int64_t g = weight.format.group_size;
+  F sums[kM][kVectors];
+  for (auto& row : sums)
+    for (F& sum : row) sum = Zero();
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t i = at + v * kLanes;
+      const F values = Values<kKind>(weight, s->codes[r] + i);
+      for (int m = 0; m < kM; ++m) sums[m][v] = Fma(values, Set1(s->scaled[r][m][i / g]), sums[m][v]);
+    }
+  }
+  for (int m = 0; m < kM; ++m)
+    for (int v = 0; v < kVectors; ++v) {
+      float* total = s->totals[m] + at + v * kLanes;
+      Store(total, Add(Load(total), sums[m][v]));
+    }
+}
+
+// y[:, first : first+count], count a multiple of group_size and of 16.
+template <Kind kKind, int kM>
+void SumColumns(const MatmulArgs& args, const Weight& weight, int64_t first, int64_t count, const float* x,
+                ColumnScratch* s) {
+  const int64_t g = weight.format.group_size, groups = count / g;
+  std::memset(s->biased, 0, sizeof s->biased);
+  std::memset(s->totals, 0, sizeof s->totals);
+  for (int64_t n = 0; n < args.N; n += kSumRows) {
+    const int64_t rows = Least(kSumRows, args.N - n);
+    for (int64_t r = 0; r < rows; ++r) {
+      float scales[kColumns / 16], biases[kColumns / 16];
+      weight.Codes(n + r, first, count, s->codes[r]);
+      weight.Scales(n + r, first / g, groups, scales);
+      weight.Biases(n + r, first / g, groups, biases);
+      for (int m = 0; m < kM; ++m) {
+        const float xm = x[m * args.N + n + r];
+        for (int64_t j = 0; j < groups; ++j) {
+          s->scaled[r][m][j] = xm * scales[j];
+          s->biased[m][j] += xm * biases[j];
+        }
+      }
+    }
+    int64_t at = 0;
+    for (; at + kStripe * kLanes <= count; at += kStripe * kLanes) SumStripe<kKind, kM, kStripe>(weight, rows, at, s);
+    for (; at < count; at += kLanes) SumStripe<kKind, kM, 1>(weight, rows, at, s);
+  }
+  for (int m = 0; m < kM; ++m) {
+    for (int64_t i = 0; i < count; ++i) s->totals[m][i] += s->biased[m][i / g];
+    FromFloats(args.x_dtype, s->totals[m], count, args.y, m * args.K + first);
+  }
+}
+
+Outcome MatmulColumns(const MatmulArgs& args, const Weight& weight, const Parallel& parallel) {
+  const int64_t room = Room<float>(args.M * args.N);
+  const Scratch scratch(room + parallel.slots() * Room<ColumnScratch>(1));
+  if (!scratch.ok()) return Outcome::kNoMemory;
+  char* cursor = scratch.data();
+  float* x = Take<float>(&cursor, args.M * args.N);
+  ToFloats(args.x_dtype, args.x, 0, args.M * args.N, x);
+  parallel.For(Ceil(args.K, kColumns), [&](int64_t task, int slot) {
+    auto* s = reinterpret_cast<ColumnScratch*>(cursor + slot * Room<ColumnScratch>(1));
+    const int64_t first = task * kColumns, count = Least(kColumns, args.K - first);
+    WithKind(weight.kind, [&](auto kind) {
+      constexpr Kind k = decltype(kind)::value;
+      switch (args.M) {
+        case 1:
+          return SumColumns<k, 1>(args, weight, first, count, x, s);
+        case 2:
+          return SumColumns<k, 2>(args, weight, first, count, x, s);
+        case 3:
+          return SumColumns<k, 3>(args, weight, first, count, x, s);
+        default:
+          return SumColumns<k, 4>(args, weight, first, count, x, s);
+      }
+    });
+  });
+  return Outcome::kDone;
+}
+
+}  // namespace
+}  // namespace JAXQ_ISA
+}  // namespace jaxq::cpu
+
+#include "gemm-inl.h"
+
+namespace jaxq::cpu {
+namespace JAXQ_ISA {
+namespace {
+
+Outcome Matmul(const MatmulArgs& args, const Parallel& parallel) {
+  const Weight weight(args, args.N, args.K);
+  if (args.M > kFewRows) return MatmulPanels(args, weight, parallel);
+  return args.transpose ? MatmulDot(args, weight, parallel) : MatmulColumns(args, weight, parallel);
+}
+
+}  // namespace
+}  // namespace JAXQ_ISA
+}  // namespace jaxq::cpu
+
+#endif  // JAXQ_KERNELS_CPU_MATMUL_INL_H_
