@@ -20,7 +20,7 @@ from typing import Any
 from jax.interpreters import mlir
 
 from jaxq import _compat
-from jaxq.lowerings import xla
+from jaxq.lowerings import cpu, xla
 from jaxq.primitives import common
 from jaxq.primitives.dequantize import dequantize_p
 from jaxq.primitives.quantize import quantize_p
@@ -29,11 +29,11 @@ from jaxq.spec import QuantSpec
 
 _APPLE_SILICON = sys.platform == "darwin" and host.machine() == "arm64"
 
-common.IMPLEMENTATIONS.update({module.NAME: module for module in (xla,)})
+common.IMPLEMENTATIONS.update({module.NAME: module for module in (cpu, xla)})
 
 # platform -> what None stands for there: the first of these that is usable and does not refuse. Fastest first.
 TABLE: dict[str, tuple[ModuleType, ...]] = {
-    "cpu": (xla,),
+    "cpu": (cpu, xla),
 }
 EVERY_PLATFORM = (xla,)
 

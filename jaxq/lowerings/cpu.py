@@ -1,0 +1,101 @@
+"""`cpu`: the C++ kernels of `jaxq/kernels/cpu`, through XLA's FFI.
+
+`cpu` takes the best instruction set that the machine has; `cpu:avx2` and the like forbid everything above the one
+named. The kernels compute in float32 (or in integers that are exact) and round once, like `xla`; sums are taken in
+another order, so results differ from `xla`'s by float32 rounding. They are the same from run to run, whatever the
+number of threads.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxq import kernels
+from jaxq.spec import QuantSpec
+
+NAME = "cpu"
+PLATFORMS = ("cpu",)
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why the kernels can't be used; registers their handlers with XLA where they can."""
+    try:
+        library = kernels.cpu_library()
+    except kernels.KernelsUnavailable as error:
+        return str(error)
+    for name in kernels.CPU_HANDLERS:
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+    return None
+
+
+def refuses(op: str, *, spec: QuantSpec) -> str | None:
+    return None
+
+
+def variants() -> tuple[str, ...]:
+    """`cpu:ISA` for every instruction set that this machine can run, best first."""
+    if unavailable() is not None:
+        return ()
+    return tuple(f"cpu:{name}" for name, missing in kernels.isas(kernels.cpu_library()).items() if missing is None)
+
+
+def quantize(w: jax.Array, *, spec: QuantSpec, implementation: str | None = None) -> list[jax.Array]:
+    """w: float[..., N, K] -> packed uint32[..., N, W], scales[..., N, G] and, in mode affine, biases[..., N, G]."""
+    *lead, length = w.shape
+    scales = jax.ShapeDtypeStruct((*lead, spec.groups(length)), spec.scale_dtype(w.dtype))
+    packed = jax.ShapeDtypeStruct((*lead, spec.words(length)), jnp.uint32)
+    results = [packed, scales, scales] if spec.is_affine else [packed, scales]
+    return list(_call("jaxq_quantize_cpu", results, w, spec=spec, implementation=implementation))
+
+
+def dequantize(
+    packed: jax.Array,
+    scales: jax.Array,
+    biases: jax.Array | None = None,
+    *,
+    spec: QuantSpec,
+    dtype: np.dtype,
+    implementation: str | None = None,
+) -> jax.Array:
+    """packed uint32[..., N, W], scales and biases [..., N, G] -> dtype[..., N, K]."""
+    result = jax.ShapeDtypeStruct((*packed.shape[:-1], spec.length(packed.shape[-1])), dtype)
+    leaves = (packed, scales) if biases is None else (packed, scales, biases)
+    return _call("jaxq_dequantize_cpu", result, *leaves, spec=spec, implementation=implementation)
+
+
+def quantized_matmul(
+    x: jax.Array,
+    packed: jax.Array,
+    scales: jax.Array,
+    biases: jax.Array | None = None,
+    *,
+    spec: QuantSpec,
+    transpose: bool,
+    implementation: str | None = None,
+) -> jax.Array:
+    """x[B..., M, K] by w[B..., N, K] -> x.dtype[B..., M, N], or x[B..., M, N] -> [B..., M, K] where not `transpose`."""
+    outer = packed.shape[-2] if transpose else spec.length(packed.shape[-1])
+    result = jax.ShapeDtypeStruct((*x.shape[:-1], outer), x.dtype)
+    leaves = (packed, scales) if biases is None else (packed, scales, biases)
+    name = "jaxq_quantized_matmul_cpu"
+    return _call(name, result, x, *leaves, spec=spec, implementation=implementation, transpose=transpose)
+
+
+def _call(
+    target: str, results: Any, *operands: jax.Array, spec: QuantSpec, implementation: str | None, **attributes: Any
+) -> Any:
+    isa = (implementation or "").partition(":")[2]
+    return jax.ffi.ffi_call(target, results)(
+        *operands,
+        mode=spec.mode,
+        bits=np.int64(spec.bits),
+        group_size=np.int64(spec.group_size),
+        isa=isa,
+        **attributes,
+    )
