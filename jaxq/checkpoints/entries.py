@@ -1,0 +1,194 @@
+"""What an open checkpoint is to its user: names, and for each one an abstract array and a way to read it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fnmatch
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxq.array import QuantizedArray
+from jaxq.checkpoints.files import count
+
+Select = str | Sequence[str] | Callable[[str], bool] | None
+
+# How many tensors are read ahead of the one being placed: bounds the memory beyond the arrays themselves.
+_WORKERS = 2
+# From this many bytes on a load shows a progress bar where somebody can see it: about a second's work.
+_PROGRESS_BYTES = 2 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One tensor of an open checkpoint.
+
+    Attributes:
+      abstract: what it loads as, with `jax.ShapeDtypeStruct`s for leaves: one, or a QuantizedArray of them.
+      kind: its format in the file's own words: `BF16`, `Q4_K`, `gptq`.
+      stored_bytes: bytes it takes in the file.
+      read: reads the leaves of `abstract`, in `jax.tree.leaves`' order, as NumPy arrays.
+    """
+
+    abstract: Any
+    kind: str
+    stored_bytes: int
+    read: Callable[[], Sequence[np.ndarray]]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The logical shape: that of the dense weight."""
+        return tuple(self.abstract.shape)
+
+    @property
+    def is_quantized(self) -> bool:
+        return isinstance(self.abstract, QuantizedArray)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the loaded leaves occupy."""
+        return sum(count(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.abstract))
+
+    def place(self, leaves: Sequence[np.ndarray]) -> Any:
+        """What the leaves that `read` gave stand for, on JAX's default device."""
+        return jax.tree.unflatten(jax.tree.structure(self.abstract), [_place(leaf) for leaf in leaves])
+
+
+def dense(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+    """The abstract array of a tensor that is not quantized."""
+    return jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype))
+
+
+class Checkpoint(Mapping[str, Any]):
+    """An open checkpoint: a mapping from names to arrays, each read when it is asked for.
+
+    Attributes:
+      path: the file or directory.
+      format: `mlx`, `gguf`, `gptq`, `awq`, `safetensors`.
+      config: the model's own description: `config.json`, or the metadata of a GGUF file.
+      entries: what each name stands for, without reading it.
+    """
+
+    def __init__(self, path: Path, format: str, config: dict[str, Any], entries: Mapping[str, Entry]):
+        self.path, self.format, self.config, self.entries = path, format, config, dict(entries)
+
+    def __getitem__(self, name: str) -> Any:
+        entry = self.entries[name]
+        return entry.place(entry.read())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+    def __repr__(self) -> str:
+        quantized = sum(entry.is_quantized for entry in self.entries.values())
+        return f"Checkpoint({self.path}, {self.format}, {len(self)} tensors, {quantized} quantized)"
+
+    def load(self, select: Select = None, *, progress: bool | None = None) -> dict[str, Any]:
+        """Read tensors.
+
+        Args:
+          select: which: a glob (`model.layers.0.*`), several of them, or a predicate of the name; None for all.
+          progress: whether to show a progress bar on stderr; None: from 2 GiB on, where stderr is a terminal.
+
+        Returns:
+          {name: jax.Array or QuantizedArray}, in the file's order. A 64-bit tensor is a NumPy array unless JAX's
+          64-bit types are enabled.
+
+        Raises:
+          ValueError: a glob that matches no name.
+          CheckpointError: the file changed since it was opened.
+        """
+        names = self.select(select)
+        out = {}
+        with _bar(sum(self.entries[name].stored_bytes for name in names), progress) as advance:
+            for name, leaves in self._read_ahead(names):
+                out[name] = self.entries[name].place(leaves)
+                advance(self.entries[name].stored_bytes)
+        return out
+
+    def select(self, select: Select) -> list[str]:
+        """The names that `select` takes, in the file's order; see `load`."""
+        if select is None:
+            return list(self.entries)
+        if callable(select):
+            return [name for name in self.entries if select(name)]
+        patterns = [select] if isinstance(select, str) else list(select)
+        for pattern in patterns:
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in self.entries):
+                some = ", ".join(map(repr, list(self.entries)[:3]))
+                raise ValueError(
+                    f"load: select={pattern!r} matches no tensor of {self.path}, whose names are like {some}"
+                )
+        return [name for name in self.entries if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+
+    def _read_ahead(self, names: Sequence[str]) -> Iterator[tuple[str, Sequence[np.ndarray]]]:
+        """The leaves of each tensor in turn, while threads read the next few.
+
+        Only reading happens in threads: JAX's default device and its other contexts are the caller's thread's own.
+        """
+        with ThreadPoolExecutor(_WORKERS, thread_name_prefix="jaxq-checkpoint") as pool:
+            pending: dict[str, Any] = {}
+            queue = iter(names)
+            try:
+                for name in names:
+                    while len(pending) <= _WORKERS and (ahead := next(queue, None)) is not None:
+                        pending[ahead] = pool.submit(self.entries[ahead].read)
+                    yield name, pending.pop(name).result()
+            finally:
+                for future in pending.values():
+                    future.cancel()
+
+
+def _place(leaf: np.ndarray) -> Any:
+    if leaf.dtype.itemsize == 8 and leaf.dtype.kind in "iuf" and not jax.config.jax_enable_x64:
+        return leaf  # JAX would narrow it
+    return jax.device_put(leaf)
+
+
+@contextlib.contextmanager
+def _bar(total: int, progress: bool | None) -> Iterator[Callable[[int], None]]:
+    """A progress bar of bytes by rich or, failing that, tqdm. Asked for, it must be there."""
+    if progress is None:
+        progress = total >= _PROGRESS_BYTES and sys.stderr.isatty()
+        required = False
+    else:
+        required = progress
+    if not progress:
+        yield lambda nbytes: None
+        return
+    with contextlib.ExitStack() as stack:
+        yield _start_bar(stack, total, required)
+
+
+def _start_bar(stack: contextlib.ExitStack, total: int, required: bool) -> Callable[[int], None]:
+    with contextlib.suppress(ImportError):
+        return _rich_bar(stack, total)
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        if required:
+            raise ImportError("load: progress=True needs rich or tqdm: pip install 'jaxq[cli]'") from None
+        return lambda nbytes: None
+    return stack.enter_context(tqdm(total=total, unit="B", unit_scale=True, desc="loading")).update
+
+
+def _rich_bar(stack: contextlib.ExitStack, total: int) -> Callable[[int], None]:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    bar = stack.enter_context(Progress(*columns, console=Console(stderr=True), transient=True))
+    task = bar.add_task("loading", total=total)
+    return lambda nbytes: bar.advance(task, nbytes)

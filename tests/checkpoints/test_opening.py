@@ -1,0 +1,35 @@
+"""The reader is told by what stands at the path."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxq
+from jaxq import checkpoints
+from jaxq.checkpoints import CheckpointError, mlx
+
+
+def test_mlx_and_dense(tmp_path):
+    qw = jaxq.quantize(jnp.ones((4, 64)), bits=4)
+    mlx.save(tmp_path / "m", {"a.weight": qw}, {"model_type": "x"})
+    assert checkpoints.open(tmp_path / "m").format == "mlx"
+    assert jaxq.is_quantized(checkpoints.load(tmp_path / "m")["a.weight"])
+    mlx.save(tmp_path / "n", {"a.weight": np.ones(3, np.float32)}, {"model_type": "x"})
+    checkpoint = checkpoints.open(tmp_path / "n")
+    assert checkpoint.format == "safetensors" and checkpoint.config["model_type"] == "x"
+    assert checkpoints.load(tmp_path / "n" / "model.safetensors")["a.weight"].shape == (3,)
+
+
+@pytest.mark.parametrize("method", [{"quant_method": "bitsandbytes"}, {}, 3])
+def test_an_unknown_method_is_refused(tmp_path, method):
+    mlx.save(tmp_path / "n", {"a.weight": np.ones(3, np.float32)})
+    (tmp_path / "n" / "config.json").write_text(json.dumps({"quantization_config": method}))
+    with pytest.raises(CheckpointError, match="quantization method"):
+        checkpoints.open(tmp_path / "n")
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        checkpoints.open(tmp_path / "x")
