@@ -219,10 +219,10 @@ class QuantizedArray(metaclass=_Helpful):
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __iter__(self) -> Iterator[Self | jax.Array]:
+    def __iter__(self) -> Iterator[QuantizedArray | jax.Array]:
         return (self[i] for i in range(len(self)))
 
-    def __getitem__(self, index: Index) -> Self | jax.Array:
+    def __getitem__(self, index: Index) -> QuantizedArray | jax.Array:
         """NumPy indexing of every axis but the grouped one.
 
         Slices and leading axes give a QuantizedArray; an int or an array of ints on the axis of rows, the last one
@@ -299,8 +299,8 @@ def storage_order(ndim: int, axis: Sequence[int]) -> tuple[int, ...]:
 
 def to_storage(w: jax.Array, axis: Sequence[int]) -> jax.Array:
     """A dense array from logical to storage order."""
-    order = np.argsort(storage_order(w.ndim, axis))
-    return w if list(order) == list(range(w.ndim)) else jnp.transpose(w, order)
+    order = [int(a) for a in np.argsort(storage_order(w.ndim, axis))]
+    return w if order == list(range(w.ndim)) else jnp.transpose(w, order)
 
 
 def from_storage(w: jax.Array, axis: Sequence[int]) -> jax.Array:

@@ -77,8 +77,7 @@ def _take(qw: QuantizedArray, entries: list[Any], grouped: int) -> QuantizedArra
     if isinstance(entries[rows], slice):
         # Axes are counted from the end, so those of `axis` keep their numbers where only axes before them vanish.
         shift = {a: sum(1 - r for r in remaining[qw.ndim + a :]) for a in qw.axis}
-        axis = tuple(a + shift[a] for a in qw.axis)
-        return type(qw)(*leaves, spec=qw.spec, axis=axis)
+        return type(qw)(*leaves, spec=qw.spec, axis=tuple(a + shift[a] for a in qw.axis))
     if len(qw.axis) > 1:
         raise IndexError(f"QuantizedArray: rows under several contracted axes {qw.axis} can't be looked up")
     dense = result.dequantize(qw.float_dtype)

@@ -61,7 +61,7 @@ def quantized_matmul(
             f"transpose={transpose})"
         )
     name = common.resolve_implementation("quantized_matmul", implementation, "quantized_matmul", qw.spec)
-    parameters = dict(spec=qw.spec, transpose=bool(transpose), implementation=name)
+    parameters: dict[str, Any] = dict(spec=qw.spec, transpose=bool(transpose), implementation=name)
     if len(qw.storage_shape) == 2:
         return bind_quantized_matmul(x, *qw.leaves, **parameters)
     return _broadcast_batch(x, qw.leaves, parameters)
@@ -163,10 +163,10 @@ def _transpose(
 
 def _batch(args: Sequence[Any], dims: Sequence[int | None], **parameters: Any) -> Any:
     """A batch of x alone becomes more rows, and the weight is read once; a batch of weights becomes a batch axis."""
-    x, packed, *params = args
-    if all(dim is None for dim in dims[1:]):
+    (x, packed, *params), (x_dim, *leaf_dims) = args, dims
+    if x_dim is not None and all(dim is None for dim in leaf_dims):
         axis = packed.ndim - 2
-        return quantized_matmul_p.bind(jnp.moveaxis(x, dims[0], axis), packed, *params, **parameters), axis
+        return quantized_matmul_p.bind(jnp.moveaxis(x, x_dim, axis), packed, *params, **parameters), axis
     return quantized_matmul_p.bind(*common.batch_leading(args, dims), **parameters), 0
 
 
