@@ -1,0 +1,53 @@
+# Everything runs in a virtual environment that is made on first use: .venv with the python3 at hand, or
+# .venv-3.12 with `make PYTHON=python3.12 ...`. Nothing is fetched again until pyproject.toml or the kernels change.
+
+ifeq ($(origin PYTHON),undefined)
+PYTHON := python3
+VENV := .venv
+else
+VENV := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+endif
+BIN := $(VENV)/bin
+KERNELS := $(wildcard jaxq/kernels/cpu/CMakeLists.txt jaxq/kernels/cpu/*.cc jaxq/kernels/cpu/*.h)
+
+.PHONY: help test lint format clean
+
+help:
+	@echo 'make test     every test (ARGS="-k vmap -x" goes to pytest)'
+	@echo 'make lint     style and types'
+	@echo 'make format   rewrite the sources to the style'
+	@echo 'make clean    remove the environments and what was built'
+	@echo 'All take PYTHON=python3.12 or the like; the default is python3.'
+
+test: $(VENV)/.extra-test
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(VENV)/.extra-test $(VENV)/.extra-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.extra-lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .venv-* build dist .pytest_cache .hypothesis .ruff_cache .mypy_cache
+
+# ---- environments. A stamp is written when its step has succeeded, so a broken download is tried again.
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit("jaxq needs Python 3.11 or newer, and $(PYTHON) is %d.%d; name another one: make PYTHON=python3.12 ..." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.python pyproject.toml $(KERNELS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+# The package is installed already, so this adds only what the extra asks for.
+$(VENV)/.extra-%: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'jaxq[$*]'
+	@touch $@
+
+.PRECIOUS: $(VENV)/.extra-%
