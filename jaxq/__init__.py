@@ -6,17 +6,23 @@ from jaxq.primitives.common import use_implementation
 from jaxq.primitives.dequantize import dequantize
 from jaxq.primitives.quantize import quantize
 from jaxq.primitives.quantized_matmul import quantized_matmul
+from jaxq.reports import Report, report
 from jaxq.spec import QuantSpec
+from jaxq.tree import dequantize_tree, quantize_tree
 
 __version__ = "0.1.0"
 
 __all__ = [
     "QuantSpec",
     "QuantizedArray",
+    "Report",
     "dequantize",
+    "dequantize_tree",
     "implementations",
     "is_quantized",
     "quantize",
+    "quantize_tree",
     "quantized_matmul",
+    "report",
     "use_implementation",
 ]
