@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jax.tree_util import GetAttrKey
 
@@ -48,7 +47,7 @@ class QuantizedArray(metaclass=_Helpful):
     Attributes:
       packed: uint32[..., N, K * bits / 32], codes as `jaxq.packing` lays them out.
       scales: float[..., N, K / group_size]; in the float modes uint8, E8M0 (mxfp4, mxfp8) or E4M3 (nvfp4) bytes.
-      biases: like scales; None in the float modes.
+      biases: like scales; None in the float modes. In a resident weight `packed` is a handle, and both are None.
       spec: the format, a `QuantSpec`.
       axis: the logical axes that are grouped and contracted, as negative ints; (-1,) for [out, in].
     """
@@ -65,7 +64,7 @@ class QuantizedArray(metaclass=_Helpful):
     __array_ufunc__ = None
 
     def __init__(
-        self, packed: Any, scales: Any, biases: Any = None, *, spec: QuantSpec, axis: int | Sequence[int] = -1
+        self, packed: Any, scales: Any = None, biases: Any = None, *, spec: QuantSpec, axis: int | Sequence[int] = -1
     ):
         """From leaves in storage order, unchecked; `from_packed` checks."""
         axis = (axis,) if isinstance(axis, int) else tuple(axis)
@@ -128,13 +127,12 @@ class QuantizedArray(metaclass=_Helpful):
     @property
     def leaves(self) -> tuple[Any, ...]:
         """packed, scales and, in mode affine, biases."""
-        return (self.packed, self.scales, self.biases) if self.spec.is_affine else (self.packed, self.scales)
+        return (self.packed, self.scales, self.biases)[: self.spec.leaf_count]
 
     @property
     def storage_shape(self) -> tuple[int, ...]:
         """The logical shape in storage order, the grouped axis last."""
-        *lead, words = self.packed.shape  # AttributeError where a placeholder stands for the leaf
-        return (*lead, self.spec.length(words))
+        return self.spec.storage_shape(self.packed.shape)  # AttributeError where a placeholder stands for the leaf
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -150,7 +148,7 @@ class QuantizedArray(metaclass=_Helpful):
     @property
     def float_dtype(self) -> np.dtype:
         """What `dequantize` gives by default: the dtype of the scales, bfloat16 in the float modes."""
-        return np.dtype(self.scales.dtype) if self.spec.is_affine else np.dtype(ml_dtypes.bfloat16)
+        return self.spec.float_dtype(getattr(self.scales, "dtype", None))
 
     @property
     def ndim(self) -> int:
@@ -187,6 +185,7 @@ class QuantizedArray(metaclass=_Helpful):
         axis = "" if self.axis == (-1,) else f", axis={self.axis[0] if len(self.axis) == 1 else self.axis}"
         try:
             what = f"{self.dtype.name}[{', '.join(map(str, self.shape))}], {self.nbytes} bytes"
+            what += f", data in {self.spec.held_by}" if self.spec.held_by else ""
         except (AttributeError, TypeError, ValueError):
             what = f"packed={self.packed!r}, scales={self.scales!r}, biases={self.biases!r}"
         return f"QuantizedArray({what}, bits={self.bits}, group_size={self.group_size}, mode={self.mode!r}{axis})"

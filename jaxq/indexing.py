@@ -65,6 +65,10 @@ def _take(qw: QuantizedArray, entries: list[Any], grouped: int) -> QuantizedArra
     storage: list[Any] = [slice(None)] * qw.ndim
     for axis, entry in enumerate(entries):
         storage[order[axis]] = slice(None) if axis == grouped else entry
+    if qw.spec.held_by is not None and not all(_is_full(storage[a], qw.storage_shape[a]) for a in (-2, -1)):
+        raise IndexError(
+            f"QuantizedArray: rows of a weight that is held by {qw.spec.held_by} can't be indexed, only leading axes"
+        )
     leaves = [leaf[tuple(storage)] for leaf in qw.leaves]
     result = type(qw)(*leaves, spec=qw.spec, axis=-1)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, get_args
+from collections.abc import Sequence
+from typing import ClassVar, Literal, get_args
 
 import ml_dtypes
 import numpy as np
@@ -58,6 +59,9 @@ class QuantSpec:
     bits: int = 0
     group_size: int = 0
     mode: Mode = "affine"
+
+    # The implementation that holds the weight's data outside JAX; None where the leaves are the data.
+    held_by: ClassVar[str | None] = None
 
     def __init__(self, bits: int | None = None, group_size: int | None = None, mode: Mode = "affine"):
         if mode not in _FORMATS:
@@ -120,6 +124,22 @@ class QuantSpec:
     def scale_dtype(self, dtype: np.dtype | type) -> np.dtype:
         """The dtype that the scales of a weight of `dtype` are stored in: the same, or uint8 in the float modes."""
         return np.dtype(dtype) if self.is_affine else np.dtype(np.uint8)
+
+    # What a weight's leaves say of it; a format whose data is held outside JAX overrides these.
+
+    @property
+    def leaf_count(self) -> int:
+        """How many leaves a weight has: packed, scales and, in mode affine, biases."""
+        return 3 if self.is_affine else 2
+
+    def storage_shape(self, packed: Sequence[int]) -> tuple[int, ...]:
+        """The weight's shape in storage order, [..., N, K], from that of packed, [..., N, K * bits / 32]."""
+        *lead, words = packed
+        return (*lead, self.length(words))
+
+    def float_dtype(self, scales: np.dtype | type | None) -> np.dtype:
+        """What a weight with scales of that dtype dequantizes to by default."""
+        return np.dtype(scales) if self.is_affine else np.dtype(ml_dtypes.bfloat16)
 
     def __str__(self) -> str:
         """As it prints in a jaxpr: `int4g64`, `mxfp4`."""

@@ -51,9 +51,16 @@ def check_implementation(function: str, name: str | None, op: str | None = None,
     module = IMPLEMENTATIONS[base]
     reason = module.unavailable() if name == base else _variant_unavailable(module, name)
     if reason is None and op is not None:
-        reason = module.refuses(op, spec=spec)
+        reason = refusal(module, op, spec)
     if reason is not None:
         raise ValueError(f"{function}: implementation={name!r} can't be used here: {reason}")
+
+
+def refusal(module: ModuleType, op: str, spec: QuantSpec) -> str | None:
+    """Why an implementation does not do `op` in the format `spec`; None where it does."""
+    if spec.held_by not in (None, module.NAME):
+        return f"the weight's data is held by {spec.held_by}, outside JAX (see jaxq.resident)"
+    return module.refuses(op, spec=spec)
 
 
 def _variant_unavailable(module: ModuleType, name: str) -> str | None:

@@ -47,9 +47,8 @@ def bind_dequantize(*leaves: Any, spec: QuantSpec, dtype: Any, implementation: s
     return dequantize_p.bind(*leaves, spec=spec, dtype=np.dtype(dtype), implementation=implementation)
 
 
-def _abstract_eval(packed: Any, scales: Any, *biases: Any, spec: QuantSpec, dtype: Any, implementation: Any) -> Any:
-    *lead, words = packed.shape
-    return _compat.result_aval([packed, scales, *biases], (*lead, spec.length(words)), dtype, _compat.partition(packed))
+def _abstract_eval(packed: Any, *params: Any, spec: QuantSpec, dtype: Any, implementation: Any) -> Any:
+    return _compat.result_aval([packed, *params], spec.storage_shape(packed.shape), dtype, _compat.partition(packed))
 
 
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **parameters: Any) -> Any:

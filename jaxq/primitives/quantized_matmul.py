@@ -105,8 +105,7 @@ def _abstract_eval(
     x: Any, packed: Any, *params: Any, spec: QuantSpec, transpose: bool, implementation: str | None
 ) -> Any:
     batch = packed.ndim - 2
-    *_, rows, words = packed.shape
-    length = spec.length(words)
+    *_, rows, length = spec.storage_shape(packed.shape)
     contracted, out = (length, rows) if transpose else (rows, length)
     if x.shape[:batch] != packed.shape[:batch] or x.ndim <= batch or x.shape[-1] != contracted:
         raise ValueError(f"quantized_matmul: x{list(x.shape)} does not fit packed{list(packed.shape)} ({spec})")
