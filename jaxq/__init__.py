@@ -7,6 +7,7 @@ from jaxq.primitives.dequantize import dequantize
 from jaxq.primitives.quantize import quantize
 from jaxq.primitives.quantized_matmul import quantized_matmul
 from jaxq.reports import Report, report
+from jaxq.residency import Residency, resident
 from jaxq.spec import QuantSpec
 from jaxq.tree import dequantize_tree, quantize_tree
 
@@ -16,6 +17,7 @@ __all__ = [
     "QuantSpec",
     "QuantizedArray",
     "Report",
+    "Residency",
     "dequantize",
     "dequantize_tree",
     "implementations",
@@ -24,5 +26,6 @@ __all__ = [
     "quantize_tree",
     "quantized_matmul",
     "report",
+    "resident",
     "use_implementation",
 ]

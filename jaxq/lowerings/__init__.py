@@ -6,7 +6,10 @@ A module of this package implements the operations for some platforms. It has
   refuses(op, *, spec) -> str | None: why it does not do an operation in a format.
   quantize, dequantize, quantized_matmul: the operations on arrays in storage order, traced like any JAX function;
     products get x[M, K] with leaves of rank 2, or x[B, M, K] with leaves of rank 3.
-and may have variants() -> names of the form "NAME:variant".
+and may have
+  variants() -> names of the form "NAME:variant".
+  unsuited(ctx) -> str | None: why it can't stand in the program that is being lowered.
+  lower(ctx, op, operands, *, implementation, **parameters): a lowering rule, in the place of the three operations.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from typing import Any
 from jax.interpreters import mlir
 
 from jaxq import _compat
-from jaxq.lowerings import cpu, xla
+from jaxq.lowerings import cpu, mlx, mps, xla
 from jaxq.primitives import common
 from jaxq.primitives.dequantize import dequantize_p
 from jaxq.primitives.quantize import quantize_p
@@ -29,11 +32,13 @@ from jaxq.spec import QuantSpec
 
 _APPLE_SILICON = sys.platform == "darwin" and host.machine() == "arm64"
 
-common.IMPLEMENTATIONS.update({module.NAME: module for module in (cpu, xla)})
+common.IMPLEMENTATIONS.update({module.NAME: module for module in (cpu, mlx, mps, xla)})
 
 # platform -> what None stands for there: the first of these that is usable and does not refuse. Fastest first.
 TABLE: dict[str, tuple[ModuleType, ...]] = {
-    "cpu": (cpu, xla),
+    # Where MLX has no GPU it is the slowest, so there it stands for None only with weights that it holds itself.
+    "cpu": (mlx, cpu, xla) if _APPLE_SILICON else (cpu, xla, mlx),
+    "mps": (mps, xla),
 }
 EVERY_PLATFORM = (xla,)
 
@@ -54,31 +59,43 @@ def implementations() -> dict[str, dict[str, str]]:
     return found
 
 
-def choose(platform: str, name: str | None, op: str, spec: QuantSpec) -> ModuleType:
+def choose(platform: str, name: str | None, op: str, spec: QuantSpec, ctx: mlir.LoweringRuleContext) -> ModuleType:
     """The module that runs `op` on `platform`: the one named, or the fastest that can.
 
     Raises:
-      ValueError: where the one named does not serve the platform.
+      ValueError: where the one named serves neither the platform nor the program, or none can.
     """
     if name is None:
-        candidates = TABLE.get(platform, EVERY_PLATFORM)
-        return next(m for m in candidates if m.unavailable() is None and m.refuses(op, spec=spec) is None)
+        reasons = {}
+        for module in TABLE.get(platform, EVERY_PLATFORM):
+            reason = module.unavailable() or common.refusal(module, op, spec) or _unsuited(module, ctx)
+            if reason is None:
+                return module
+            reasons[module.NAME] = reason
+        raise ValueError(f"{op}: no implementation can run {spec} on {platform}: {reasons}")
     module = common.IMPLEMENTATIONS[name.partition(":")[0]]
     if module.PLATFORMS is not None and platform not in module.PLATFORMS:
         raise ValueError(
             f"{op}: implementation={name!r} serves {', '.join(module.PLATFORMS)}, and this is lowered for {platform}"
         )
+    reason = _unsuited(module, ctx)
+    if reason is not None:
+        raise ValueError(f"{op}: implementation={name!r} can't be used here: {reason}")
     return module
 
 
-def _rule(op: str, platform: str | None) -> Any:
-    """The lowering of `op` for one platform, or for every platform that has no rule of its own."""
+def _unsuited(module: ModuleType, ctx: mlir.LoweringRuleContext) -> str | None:
+    return module.unsuited(ctx) if hasattr(module, "unsuited") else None
+
+
+def _rule(op: str) -> Any:
+    """The lowering of `op`, one for every platform: JAX takes rules of their own only for platforms that it knows."""
 
     def rule(ctx: mlir.LoweringRuleContext, *operands: Any, implementation: str | None, **parameters: Any) -> Any:
-        names: Sequence[str] = ctx.platforms or ctx.module_context.platforms
+        platforms: Sequence[str] = ctx.platforms or ctx.module_context.platforms
         # A module for several platforms shares one text; only plain operations run on all of them.
-        target = platform or (names[0] if len(names) == 1 else "")
-        module = choose(target, implementation, op, parameters["spec"])
+        target = platforms[0] if len(platforms) == 1 else f"several platforms ({', '.join(platforms)})"
+        module = choose(target, implementation, op, parameters["spec"], ctx)
         if hasattr(module, "lower"):
             return module.lower(ctx, op, operands, implementation=implementation, **parameters)
         lowered = mlir.lower_fun(_traced(module, op, implementation, parameters), multiple_results=True)
@@ -112,6 +129,4 @@ for _op, _primitive in (
     ("dequantize", dequantize_p),
     ("quantized_matmul", quantized_matmul_p),
 ):
-    for _platform in TABLE:
-        mlir.register_lowering(_primitive, _rule(_op, _platform), platform=_platform)
-    mlir.register_lowering(_primitive, _rule(_op, None))
+    mlir.register_lowering(_primitive, _rule(_op))
