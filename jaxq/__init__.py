@@ -1,6 +1,7 @@
 """Group-wise quantized weights for JAX."""
 
 from jaxq.array import QuantizedArray, is_quantized
+from jaxq.checkpoints.trees import load, save
 from jaxq.lowerings import implementations
 from jaxq.primitives.common import use_implementation
 from jaxq.primitives.dequantize import dequantize
@@ -22,10 +23,12 @@ __all__ = [
     "dequantize_tree",
     "implementations",
     "is_quantized",
+    "load",
     "quantize",
     "quantize_tree",
     "quantized_matmul",
     "report",
     "resident",
+    "save",
     "use_implementation",
 ]
