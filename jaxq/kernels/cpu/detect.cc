@@ -57,4 +57,12 @@ const char* MissingAvx512Bf16() {
 }
 
 }  // namespace jaxq::cpu
+
+#elif defined(__aarch64__)
+
+namespace jaxq::cpu {
+
+const char* MissingNeon() { return nullptr; }  // part of the 64-bit architecture
+
+}  // namespace jaxq::cpu
 #endif

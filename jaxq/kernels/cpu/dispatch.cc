@@ -22,6 +22,9 @@ const Isa* const kIsas[] = {
 #ifdef JAXQ_AVX2
     &kAvx2,
 #endif
+#ifdef JAXQ_NEON
+    &kNeon,
+#endif
     &kScalar,
 };
 constexpr int kCount = sizeof(kIsas) / sizeof(kIsas[0]);

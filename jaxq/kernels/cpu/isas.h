@@ -6,13 +6,16 @@
 
 namespace jaxq::cpu {
 
-extern const Isa kScalar, kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16;  // those that the build has
+// Those that the build has.
+extern const Isa kScalar, kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16;
+extern const Isa kNeon;
 
 // detect.cc: null where the CPU and its operating system can run it, else what is missing.
 const char* MissingAvx2();
 const char* MissingAvx512();
 const char* MissingAvx512Vnni();
 const char* MissingAvx512Bf16();
+const char* MissingNeon();
 
 }  // namespace jaxq::cpu
 
