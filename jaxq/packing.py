@@ -17,8 +17,6 @@ Source of the layout: `mlx.core.quantize` (bits 3, 5 and 6 as bytes, which in li
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 
@@ -35,19 +33,11 @@ def pack(codes: jax.Array, bits: int) -> jax.Array:
     Returns:
       uint32[..., K * bits / 32].
     """
-    period, words = _period(bits)
-    codes = codes.astype(jnp.uint32).reshape(*codes.shape[:-1], -1, period)
-    packed = []
-    for word in range(words):
-        terms = []
-        for i, first in _codes_of(word, bits):
-            code = codes[..., i]
-            terms.append(code << jnp.uint32(first) if first >= 0 else code >> jnp.uint32(-first))
-        # The terms occupy disjoint bits, so the order of the ors is free; a tree keeps the graph shallow.
-        while len(terms) > 1:
-            terms = [terms[j] | terms[j + 1] for j in range(0, len(terms) - 1, 2)] + terms[len(terms) & ~1 :]
-        packed.append(terms[0])
-    return jnp.stack(packed, axis=-1).reshape(*codes.shape[:-2], -1)
+    codes = codes.astype(jnp.uint32)
+    if WORD_BITS % bits:
+        # A code may straddle two words, but a bit can't.
+        codes, bits = _split(codes, bits, 1), 1
+    return _join(codes, bits, WORD_BITS)
 
 
 def unpack(packed: jax.Array, bits: int) -> jax.Array:
@@ -60,30 +50,26 @@ def unpack(packed: jax.Array, bits: int) -> jax.Array:
     Returns:
       uint32[..., W * 32 / bits], values in [0, 2**bits).
     """
-    period, words = _period(bits)
-    mask = jnp.uint32(2**bits - 1)
-    if words == 1:
-        shifts = jnp.arange(period, dtype=jnp.uint32) * jnp.uint32(bits)
-        codes = (packed[..., None] >> shifts) & mask
-        return codes.reshape(*packed.shape[:-1], -1)
-    packed = packed.reshape(*packed.shape[:-1], -1, words)
-    codes = []
-    for i in range(period):
-        word, first = divmod(i * bits, WORD_BITS)
-        code = packed[..., word] >> jnp.uint32(first)
-        if first + bits > WORD_BITS:
-            code = code | packed[..., word + 1] << jnp.uint32(WORD_BITS - first)
-        codes.append(code & mask)
-    return jnp.stack(codes, axis=-1).reshape(*packed.shape[:-2], -1)
+    if WORD_BITS % bits:
+        return _join(_split(packed, WORD_BITS, 1), 1, bits)
+    return _split(packed, WORD_BITS, bits)
 
 
-def _period(bits: int) -> tuple[int, int]:
-    """The shortest run of codes that fills whole words, and how many words that is."""
-    common = math.lcm(bits, WORD_BITS)
-    return common // bits, common // WORD_BITS
+def _split(values: jax.Array, width: int, bits: int) -> jax.Array:
+    """uint32[..., n] of `width` bits each -> [..., n * width / bits] of `bits` each, the lowest first."""
+    *lead, size = values.shape
+    pieces = (values[..., None] >> _shifts(width, bits)) & jnp.uint32(2**bits - 1)
+    return pieces.reshape(*lead, size * (width // bits))
 
 
-def _codes_of(word: int, bits: int) -> list[tuple[int, int]]:
-    """(index of code, its first bit relative to the word; negative where it began in the word before)."""
-    first, last = word * WORD_BITS // bits, ((word + 1) * WORD_BITS - 1) // bits
-    return [(i, i * bits - word * WORD_BITS) for i in range(first, last + 1)]
+def _join(pieces: jax.Array, bits: int, width: int) -> jax.Array:
+    """The inverse of `_split`."""
+    *lead, size = pieces.shape
+    count = width // bits
+    groups = pieces.reshape(*lead, size // count, count)
+    # The pieces occupy disjoint bits, so their sum is their or.
+    return jnp.sum(groups << _shifts(width, bits), axis=-1, dtype=jnp.uint32)
+
+
+def _shifts(width: int, bits: int) -> jax.Array:
+    return jnp.arange(0, width, bits, dtype=jnp.uint32)

@@ -121,6 +121,11 @@ class QuantSpec:
         """How many groups `length` codes make."""
         return length // self.group_size
 
+    def grouped(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape [..., K] with its last axis split into groups: [..., K / group_size, group_size]."""
+        *lead, length = shape
+        return (*lead, self.groups(length), self.group_size)
+
     def scale_dtype(self, dtype: np.dtype | type) -> np.dtype:
         """The dtype that the scales of a weight of `dtype` are stored in: the same, or uint8 in the float modes."""
         return np.dtype(dtype) if self.is_affine else np.dtype(np.uint8)

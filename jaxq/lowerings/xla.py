@@ -45,7 +45,7 @@ def quantize(w: jax.Array, *, spec: QuantSpec) -> list[jax.Array]:
 
     A group with a NaN or an infinity gets scales that are NaN, so that all of it dequantizes to NaN.
     """
-    groups = w.astype(jnp.float32).reshape(*w.shape[:-1], -1, spec.group_size)
+    groups = w.astype(jnp.float32).reshape(spec.grouped(w.shape))
     codes, *params = _quantize_affine(groups, spec) if spec.is_affine else _quantize_float(groups, spec, w.dtype)
     packed = packing.pack(codes.reshape(w.shape), spec.bits)
     return [packed, *(p[..., 0].astype(spec.scale_dtype(w.dtype)) for p in params)]
@@ -83,7 +83,7 @@ def quantized_matmul(
 
 def _dense(packed: jax.Array, scales: jax.Array, biases: jax.Array | None, spec: QuantSpec) -> jax.Array:
     codes = packing.unpack(packed, spec.bits)
-    groups = codes.reshape(*codes.shape[:-1], -1, spec.group_size)
+    groups = codes.reshape(spec.grouped(codes.shape))
     if spec.is_affine:
         assert biases is not None
         w = groups.astype(jnp.float32) * scales.astype(jnp.float32)[..., None] + biases.astype(jnp.float32)[..., None]

@@ -73,7 +73,7 @@ def weight_cotangents(ct: jax.Array, packed: jax.Array, dtypes: Sequence[Any], s
 
     ct: float[..., N, K] -> sum over each group of ct * code, and of ct: [..., N, G] each, in the `dtypes` given.
     """
-    groups = (*ct.shape[:-1], -1, spec.group_size)
+    groups = spec.grouped(ct.shape)
     codes = packing.unpack(packed, spec.bits).astype(jnp.float32).reshape(groups)
     ct = ct.astype(jnp.float32).reshape(groups)
     return [(ct * codes).sum(-1).astype(dtypes[0]), ct.sum(-1).astype(dtypes[1])]

@@ -93,7 +93,7 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, spec: QuantSpec, im
     if common.is_zero(dw) or not spec.is_affine:
         return outs, zeros
     _, scales, biases = outs
-    shape = (*w.shape[:-1], -1, spec.group_size)
+    shape = spec.grouped(w.shape)
     groups, dgroups = w.reshape(shape), dw.reshape(shape)
     low, high = jnp.min(groups, -1, keepdims=True), jnp.max(groups, -1, keepdims=True)
     low_at, high_at = jnp.argmin(groups, -1, keepdims=True), jnp.argmax(groups, -1, keepdims=True)

@@ -1,0 +1,25 @@
+"""Eight CPU devices, strict dtype promotion, and `--require`, which turns a missing implementation into a failure."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--require", default="", help="implementations that must be usable, comma-separated")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    import jaxq.primitives.common as common
+
+    for name in filter(None, session.config.getoption("--require").split(",")):
+        reason = common.IMPLEMENTATIONS[name].unavailable() if name in common.IMPLEMENTATIONS else "it is unknown"
+        if reason is not None:
+            raise pytest.UsageError(f"--require={name}, but it can't be used here: {reason}")

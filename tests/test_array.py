@@ -1,0 +1,205 @@
+"""`QuantizedArray`: what it looks like, how JAX's trees see it, indexing, and what it refuses."""
+
+import copy
+import pickle
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from cases import SPECS, dense, weight
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
+
+import jaxq
+
+SPEC = jaxq.QuantSpec(4, 32)
+
+
+@pytest.fixture
+def qw():
+    return weight(SPEC, (12, 128)).qw
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_logical_shape_and_dtype(spec):
+    w = jnp.ones((6, 256), jnp.bfloat16)
+    abstract = jax.eval_shape(lambda w: jaxq.quantize(w, bits=spec.bits, group_size=spec.group_size, mode=spec.mode), w)
+    concrete = jaxq.quantize(w, bits=spec.bits, group_size=spec.group_size, mode=spec.mode)
+    for qw in (abstract, concrete):
+        assert isinstance(qw, jaxq.QuantizedArray)
+        assert (qw.shape, qw.ndim, qw.size, qw.dtype) == ((6, 256), 2, 6 * 256, spec.dtype)
+        assert (qw.bits, qw.group_size, qw.mode) == (spec.bits, spec.group_size, spec.mode)
+        per_group = 4 if spec.is_affine else 1
+        assert qw.nbytes == 6 * 256 * spec.bits // 8 + 6 * 256 // spec.group_size * per_group
+    assert concrete.float_dtype == ml_dtypes.bfloat16
+
+
+def test_eval_shape_prints_the_logical_type():
+    assert "int4[512, 4096]" in repr(jax.eval_shape(jaxq.quantize, jnp.ones((512, 4096))))
+
+
+def test_repr(qw):
+    assert repr(qw) == "QuantizedArray(int4[12, 128], 1152 bytes, bits=4, group_size=32, mode='affine')"
+    assert "axis=-2" in repr(qw.T)
+
+
+def test_jaxpr_is_readable(qw):
+    text = str(
+        jax.make_jaxpr(lambda w, x: x @ jaxq.quantize(w, group_size=32).T)(jnp.ones((12, 128)), jnp.ones((3, 128)))
+    )
+    assert "quantize[" in text and "quantized_matmul[" in text and "spec=int4g32" in text
+
+
+def test_transposes_move_no_data(qw):
+    assert qw.T.shape == (128, 12) and qw.T.packed is qw.packed
+    assert qw.T.T.axis == qw.axis and qw.mT.axis == (-2,)
+    assert qw.swapaxes(0, 1).shape == (128, 12) and qw.swapaxes(-1, -1) is qw
+    stack = weight(SPEC, (3, 12, 128)).qw
+    assert stack.mT.shape == (3, 128, 12)
+    with pytest.raises(ValueError, match=r"use \.mT for stacks"):
+        _ = stack.T
+    with pytest.raises(ValueError, match="not the last two"):
+        stack.swapaxes(0, 1)
+
+
+def test_immutable_and_compares_by_identity(qw):
+    with pytest.raises(AttributeError, match="immutable"):
+        qw.scales = None
+    assert qw == qw and qw != copy.copy(qw) and len({qw, qw}) == 1
+
+
+# ---- trees
+
+
+@pytest.mark.parametrize("leaf", [None, True, object(), jax.ShapeDtypeStruct((2,), np.float32), 0])
+def test_any_leaf_survives_a_tree_map(qw, leaf):
+    out = jax.tree.map(lambda _: leaf, qw)
+    assert isinstance(out, jaxq.QuantizedArray)
+    repr(out)
+    if not hasattr(leaf, "shape"):
+        assert not hasattr(out, "shape")
+
+
+def test_key_paths(qw):
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path({"w": qw})]
+    assert paths == ["['w'].packed", "['w'].scales", "['w'].biases"]
+
+
+def test_float_modes_have_two_leaves():
+    assert len(jax.tree.leaves(weight(jaxq.QuantSpec(mode="mxfp4"), (4, 64)).qw)) == 2
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda q: pickle.loads(pickle.dumps(q))])
+def test_copies(qw, duplicate):
+    other = duplicate(qw.T)
+    assert jax.tree.structure(other) == jax.tree.structure(qw.T)
+    jax.tree.map(np.testing.assert_array_equal, other, qw.T)
+
+
+def test_device_put_carries_the_whole_array(qw):
+    device = jax.devices()[1]
+    assert all(leaf.devices() == {device} for leaf in jax.tree.leaves(jax.device_put(qw, device)))
+    mesh = jax.make_mesh((2,), ("rows",), devices=jax.devices()[:2])
+    sharding = NamedSharding(mesh, PartitionSpec("rows", None))
+    moved = jax.device_put(qw, sharding)
+    assert moved.sharding == sharding and moved.scales.sharding == sharding
+
+
+# ---- indexing
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=60)
+def test_indexing_is_numpys(data):
+    """Every index that is allowed gives what it gives on the dense array."""
+    shape, axis = data.draw(st.sampled_from([((6, 64), -1), ((64, 6), -2), ((3, 6, 64), -1), ((3, 64, 6), -2)]))
+    w = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    qw = jaxq.quantize(w, group_size=32, axis=axis)
+    reference = np.asarray(jaxq.dequantize(qw))
+    index = []
+    array_used = False
+    for size in shape:
+        if size == 64:
+            index.append(slice(None))
+            continue
+        kinds = ["int", "slice", "full"] + ([] if array_used else ["array"])
+        kind = data.draw(st.sampled_from(kinds))
+        if kind == "int":
+            index.append(data.draw(st.integers(-size, size - 1)))
+        elif kind == "slice":
+            index.append(slice(data.draw(st.integers(0, size)), data.draw(st.integers(0, size)), None))
+        elif kind == "full":
+            index.append(slice(None))
+        else:
+            array_used = True
+            index.append(np.array(data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=4))))
+    index = tuple(index)
+    if array_used and any(isinstance(i, int) for i in index):
+        with pytest.raises(IndexError, match="in two steps"):
+            qw[index]
+        return
+    out = qw[index]
+    out = jaxq.dequantize(out) if jaxq.is_quantized(out) else out
+    np.testing.assert_array_equal(out, reference[index])
+
+
+def test_rows_are_dense_and_slices_are_quantized(qw):
+    ids = jnp.array([[1, 5, 1], [0, 11, 2]])
+    assert isinstance(qw[3], jax.Array) and qw[3].shape == (128,)
+    np.testing.assert_allclose(qw[ids], dense(qw)[np.asarray(ids)], rtol=1e-5, atol=1e-5)
+    assert jaxq.is_quantized(qw[2:7]) and qw[2:7].shape == (5, 128)
+    assert jaxq.is_quantized(qw[...]) and qw.T[:, 3].shape == (128,)
+
+
+def test_only_the_rows_read_are_dequantized(qw):
+    jaxpr = jax.make_jaxpr(lambda qw, ids: qw[ids])(qw, jnp.array([1, 2]))
+    (equation,) = [e for e in jaxpr.eqns if e.primitive.name == "dequantize"]
+    assert equation.outvars[0].aval.shape == (2, 128)
+
+
+def test_iteration_and_length():
+    stack = weight(SPEC, (3, 12, 128)).qw
+    assert len(stack) == 3 and [layer.shape for layer in stack] == [(12, 128)] * 3
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ((slice(None), 3), "axis 1 of shape .12, 128. is grouped"),
+        ((slice(None), slice(0, 64)), "is grouped"),
+        (12, "out of range for axis 0 of length 12"),
+        ((0, 0, 0), "3 indices for shape"),
+        (None, "None and more than one Ellipsis"),
+        (np.array([1.0]), "indexed by float"),
+        (np.array([True] * 12), "indexed by bool"),
+    ],
+)
+def test_index_errors(qw, index, message):
+    with pytest.raises(IndexError, match="QuantizedArray: .*" + message):
+        qw[index]
+
+
+# ---- what it is not
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x, q: jnp.dot(x, q),
+        lambda x, q: jax.lax.dot(x, q),
+        lambda x, q: jnp.asarray(q),
+        lambda x, q: np.asarray(q),
+        lambda x, q: q + 1,
+        lambda x, q: 1 - q,
+        lambda x, q: np.ones(3) * q,
+        lambda x, q: x * q,
+        lambda x, q: -q,
+        lambda x, q: q < 1,
+    ],
+)
+def test_other_uses_say_what_to_do_instead(qw, use):
+    with pytest.raises(TypeError, match=r"jaxq\.dispatch, or call qw\.dequantize\(\)"):
+        use(jnp.ones((3, 128)), qw)
