@@ -189,7 +189,7 @@ def test_index_errors(qw, index, message):
     "use",
     [
         lambda x, q: jnp.dot(x, q),
-        lambda x, q: jax.lax.dot(x, q),
+        lambda x, q: jax.lax.dot(x, q.T),
         lambda x, q: jnp.asarray(q),
         lambda x, q: np.asarray(q),
         lambda x, q: q + 1,
