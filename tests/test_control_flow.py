@@ -141,7 +141,7 @@ def test_export_round_trip(spec):
 
 
 def test_a_name_that_does_not_serve_the_platform_is_refused_when_lowered():
-    from jaxq.lowerings import choose
-
-    assert choose("cpu", "xla", "quantize", SPEC).NAME == "xla"
-    assert choose("some platform", None, "quantize", SPEC).NAME == "xla"
+    qw = weight(SPEC, (8, 64)).qw
+    traced = jax.jit(lambda x: jaxq.quantized_matmul(x, qw, implementation="mps")).trace(activations((2, 64)))
+    with pytest.raises(ValueError, match="implementation='mps' serves mps, and this is lowered for cpu"):
+        traced.lower()

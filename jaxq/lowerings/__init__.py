@@ -5,7 +5,7 @@ A module of this package implements the operations for some platforms. It has
   unavailable() -> str | None: why it can't be used in this process.
   refuses(op, *, spec) -> str | None: why it does not do an operation in a format.
   quantize, dequantize, quantized_matmul: the operations on arrays in storage order, traced like any JAX function;
-    products get x[M, K] with leaves of rank 2, or x[B, M, K] with leaves of rank 3.
+    weights are of rank 2 or more, and products get x[M, K] with leaves of rank 2, or x[B, M, K] with leaves of rank 3.
 and may have
   variants() -> names of the form "NAME:variant".
   unsuited(ctx) -> str | None: why it can't stand in the program that is being lowered.
@@ -115,13 +115,15 @@ def _traced(module: ModuleType, op: str, implementation: str | None, parameters:
         y = function(x2, *leaves2, **parameters)
         return [y.reshape(*x.shape[:-1], y.shape[-1])]
 
-    if op == "quantized_matmul":
-        return matmul
-    return (
-        (lambda *args: function(*args, **parameters))
-        if op == "quantize"
-        else (lambda *args: [function(*args, **parameters)])
-    )
+    def dequantize(*leaves: Any) -> list[Any]:
+        if leaves[0].ndim > 1:
+            return [function(*leaves, **parameters)]
+        return [function(*(leaf[None] for leaf in leaves), **parameters)[0]]  # a single row
+
+    def quantize(w: Any) -> list[Any]:
+        return function(w, **parameters)
+
+    return {"quantize": quantize, "dequantize": dequantize, "quantized_matmul": matmul}[op]
 
 
 for _op, _primitive in (
