@@ -10,14 +10,18 @@ endif
 BIN := $(VENV)/bin
 KERNELS := $(wildcard jaxq/kernels/cpu/CMakeLists.txt jaxq/kernels/cpu/*.cc jaxq/kernels/cpu/*.h)
 
-.PHONY: help test lint format clean
+.PHONY: help demo test lint format clean
 
 help:
+	@echo 'make demo     train, quantize and compare small models; takes a minute or two'
 	@echo 'make test     every test (ARGS="-k vmap -x" goes to pytest)'
 	@echo 'make lint     style and types'
 	@echo 'make format   rewrite the sources to the style'
 	@echo 'make clean    remove the environments and what was built'
 	@echo 'All take PYTHON=python3.12 or the like; the default is python3.'
+
+demo: $(VENV)/.extra-demo
+	$(BIN)/python examples/digits.py
 
 test: $(VENV)/.extra-test
 	$(BIN)/python -m pytest -n 2 $(ARGS)
