@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fnmatch
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jaxq.array import QuantizedArray
-from jaxq.checkpoints.files import count
+from jaxq.checkpoints.files import count, refuse
 
 Select = str | Sequence[str] | Callable[[str], bool] | None
 
@@ -34,12 +34,14 @@ class Entry:
       kind: its format in the file's own words: `BF16`, `Q4_K`, `gptq`.
       stored_bytes: bytes it takes in the file.
       read: reads the leaves of `abstract`, in `jax.tree.leaves`' order, as NumPy arrays.
+      problem: why it can't be read, where its format is not served; then `abstract` is a guess.
     """
 
     abstract: Any
     kind: str
     stored_bytes: int
     read: Callable[[], Sequence[np.ndarray]]
+    problem: str | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -79,6 +81,7 @@ class Checkpoint(Mapping[str, Any]):
         self.path, self.format, self.config, self.entries = path, format, config, dict(entries)
 
     def __getitem__(self, name: str) -> Any:
+        self._check_served([name])
         entry = self.entries[name]
         return entry.place(entry.read())
 
@@ -96,10 +99,11 @@ class Checkpoint(Mapping[str, Any]):
         return f"Checkpoint({self.path}, {self.format}, {len(self)} tensors, {quantized} quantized)"
 
     def load(self, select: Select = None, *, progress: bool | None = None) -> dict[str, Any]:
-        """Read tensors.
+        r"""Read tensors.
 
         Args:
-          select: which: a glob (`model.layers.0.*`), several of them, or a predicate of the name; None for all.
+          select: which: a regular expression found in the name (`layers\.0\.`), as in `quantize_tree`'s rules, several
+            of them, or a predicate of the name; None for all.
           progress: whether to show a progress bar on stderr; None: from 2 GiB on, where stderr is a terminal.
 
         Returns:
@@ -107,16 +111,22 @@ class Checkpoint(Mapping[str, Any]):
           64-bit types are enabled.
 
         Raises:
-          ValueError: a glob that matches no name.
-          CheckpointError: the file changed since it was opened.
+          ValueError: an expression that is found in no name.
+          CheckpointError: a format that is not served, by tensor name; a file that changed since it was opened.
         """
         names = self.select(select)
+        self._check_served(names)
         out = {}
         with _bar(sum(self.entries[name].stored_bytes for name in names), progress) as advance:
             for name, leaves in self._read_ahead(names):
                 out[name] = self.entries[name].place(leaves)
                 advance(self.entries[name].stored_bytes)
         return out
+
+    def _check_served(self, names: Sequence[str]) -> None:
+        for name in names:
+            if problem := self.entries[name].problem:
+                raise refuse(self.path, problem, name)
 
     def select(self, select: Select) -> list[str]:
         """The names that `select` takes, in the file's order; see `load`."""
@@ -126,12 +136,10 @@ class Checkpoint(Mapping[str, Any]):
             return [name for name in self.entries if select(name)]
         patterns = [select] if isinstance(select, str) else list(select)
         for pattern in patterns:
-            if not any(fnmatch.fnmatchcase(name, pattern) for name in self.entries):
+            if not any(re.search(pattern, name) for name in self.entries):
                 some = ", ".join(map(repr, list(self.entries)[:3]))
-                raise ValueError(
-                    f"load: select={pattern!r} matches no tensor of {self.path}, whose names are like {some}"
-                )
-        return [name for name in self.entries if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+                raise ValueError(f"load: select={pattern!r} is found in no name of {self.path}; they are like {some}")
+        return [name for name in self.entries if any(re.search(pattern, name) for pattern in patterns)]
 
     def _read_ahead(self, names: Sequence[str]) -> Iterator[tuple[str, Sequence[np.ndarray]]]:
         """The leaves of each tensor in turn, while threads read the next few.
@@ -152,8 +160,8 @@ class Checkpoint(Mapping[str, Any]):
 
 
 def _place(leaf: np.ndarray) -> Any:
-    if leaf.dtype.itemsize == 8 and leaf.dtype.kind in "iuf" and not jax.config.jax_enable_x64:
-        return leaf  # JAX would narrow it
+    if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
+        return leaf  # 64 bits, which JAX would narrow
     return jax.device_put(leaf)
 
 

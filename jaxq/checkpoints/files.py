@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import os
@@ -91,7 +92,7 @@ class Source:
 
     def read_into(self, out: np.ndarray, offset: int) -> None:
         """Fill `out`, contiguous, from `offset` on."""
-        view = memoryview(out.view(np.uint8).reshape(-1)) if out.nbytes else memoryview(b"")
+        view = out.view(np.uint8).reshape(-1).data if out.nbytes else memoryview(b"")
         done = 0
         while done < len(view):
             got = self._read_some(view[done : done + _READ_BYTES], offset + done)
@@ -128,8 +129,7 @@ def parse_json(path: Path, text: bytes) -> Any:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        (twice, _), *_ = collections.Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"the key {_shown(twice)} stands there twice")
     return out
 

@@ -14,16 +14,16 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 
 from jaxq.array import QuantizedArray
 from jaxq.checkpoints import safetensors
-from jaxq.checkpoints.entries import Checkpoint, Entry, Select
+from jaxq.checkpoints.entries import Checkpoint, Entry, Select, dense
 from jaxq.checkpoints.files import atomic_directory, count, refuse
 from jaxq.checkpoints.safetensors import Tensor
-from jaxq.spec import QuantSpec
+from jaxq.spec import Mode, QuantSpec
 
 # mlx-lm's size of a file.
 SHARD_BYTES = 5 << 30
@@ -113,10 +113,9 @@ def _specs(path: Path, quantization: Any) -> Callable[[str], QuantSpec]:
         if not isinstance(fields, dict):
             raise refuse(path, f"has scales, but the config has {str(fields)[:100]} for it", f"{layer}.weight")
         mode = fields.get("mode", "affine")
+        mode = cast(Mode, mode if isinstance(mode, str) else repr(mode))
         try:
-            return QuantSpec(
-                fields.get("bits"), fields.get("group_size"), mode if isinstance(mode, str) else repr(mode)
-            )
+            return QuantSpec(fields.get("bits"), fields.get("group_size"), mode)
         except (TypeError, ValueError) as error:
             raise refuse(path, f"config.json: {error}", f"{layer}.weight") from None
 
@@ -170,7 +169,7 @@ def _items(tensors: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _writable(name: str, tensor: Any, mlx_only: bool) -> Any:
     if not isinstance(tensor, QuantizedArray):
-        return safetensors.dense(tensor.shape, tensor.dtype)
+        return dense(tensor.shape, tensor.dtype)
     if not name.endswith(".weight"):
         raise ValueError(
             f"mlx.save: the quantized tensor {name!r} is not named `*.weight`; use jaxq.save, which takes any"
@@ -193,7 +192,7 @@ def _parts(name: str, abstract: Any) -> dict[str, jax.ShapeDtypeStruct]:
         return {name: abstract}
     layer = name.removesuffix("weight")
     names = [f"{layer}{part}" for part in ("weight", "scales", "biases")]
-    return {n: safetensors.dense(leaf.shape, leaf.dtype) for n, leaf in zip(names, abstract.leaves, strict=False)}
+    return {n: dense(leaf.shape, leaf.dtype) for n, leaf in zip(names, abstract.leaves, strict=False)}
 
 
 def _quantization(specs: Mapping[str, QuantSpec]) -> dict[str, Any]:
@@ -219,7 +218,7 @@ def _write_shards(
     files = ["model.safetensors"]
     if len(shards) > 1:
         files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    where = {}
+    where: dict[str, str] = {}
     for file, names in zip(files, shards, strict=True):
         layout = dict(itertools.chain.from_iterable(parts[name].items() for name in names))
         stream = itertools.chain.from_iterable(_leaves(parts[name], tensors[name]) for name in names)

@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jaxq.checkpoints import mlx, safetensors
+from jaxq.checkpoints import gguf, mlx, safetensors
 from jaxq.checkpoints.entries import Checkpoint, Select
 from jaxq.checkpoints.files import refuse
 
 
 def open(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open a checkpoint of any format served, told by its config: MLX, or dense safetensors.
+    """Open a checkpoint of any format served, told by its config: MLX, GGUF, or dense safetensors.
 
     Args:
       path: a directory, or a file.
@@ -27,6 +27,8 @@ def open(path: str | os.PathLike[str]) -> Checkpoint:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"open: {path} does not exist; pass a local directory or file")
+    if path.suffix == ".gguf":
+        return gguf.open(path)
     config = safetensors.read_config(path)
     if "quantization" in config:
         return mlx.open(path, config=config)

@@ -18,17 +18,17 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 
 from jaxq.array import QuantizedArray, is_quantized
 from jaxq.checkpoints import safetensors
-from jaxq.checkpoints.entries import Entry
+from jaxq.checkpoints.entries import Entry, dense
 from jaxq.checkpoints.files import parse_json, refuse
 from jaxq.checkpoints.safetensors import DTYPES, Tensor
-from jaxq.spec import QuantSpec
+from jaxq.spec import Mode, QuantSpec
 
 _KEY = "jaxq"
 _VERSION = 1
@@ -150,7 +150,7 @@ def _stored(name: str, leaf: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _parts(name: str, leaf: Any) -> Iterator[tuple[str, jax.ShapeDtypeStruct]]:
-    return ((part, safetensors.dense(array.shape, array.dtype)) for part, array in _stored(name, leaf))
+    return ((part, dense(array.shape, array.dtype)) for part, array in _stored(name, leaf))
 
 
 # ---- descriptions
@@ -238,7 +238,7 @@ def _entry(path: Path, name: str, fields: Any, tensors: Mapping[str, Tensor]) ->
     if not isinstance(axis, list) or not all(type(a) is int for a in axis) or not isinstance(fields["mode"], str):
         raise refuse(path, f"its format is said to be {str(fields)[:100]}", name)
     try:
-        spec = QuantSpec(fields["bits"], fields["group_size"], fields["mode"])
+        spec = QuantSpec(fields["bits"], fields["group_size"], cast(Mode, fields["mode"]))
         missing = next((part for part in _part_names(name, spec) if part not in tensors), None)
         if missing:
             raise refuse(path, "is missing", missing)

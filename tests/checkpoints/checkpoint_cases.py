@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
 # Every format that MLX can write, as mx.quantize's arguments.
@@ -34,3 +35,21 @@ def raw_safetensors(header: dict | bytes, data: bytes = b"", length: int | None 
 def write_bytes(path: Path, data: bytes) -> Path:
     path.write_bytes(data)
     return path
+
+
+def codes_of(qw) -> np.ndarray:
+    """The codes, uint8[..., K], bit by bit."""
+    packed = np.asarray(qw.packed)
+    bits = np.unpackbits(packed.view(np.uint8), axis=-1, bitorder="little").reshape(*packed.shape[:-1], -1, qw.bits)
+    return (bits << np.arange(qw.bits, dtype=np.uint8)).sum(-1, dtype=np.uint8)
+
+
+def dense(qw) -> np.ndarray:
+    """float32[..., K]: a weight of mode affine or mxfp4 by its definition, in NumPy."""
+    codes = codes_of(qw)
+    scales = np.repeat(np.asarray(qw.scales), qw.group_size, axis=-1)
+    if qw.spec.is_affine:
+        biases = np.repeat(np.asarray(qw.biases), qw.group_size, axis=-1)
+        return scales.astype(np.float32) * codes + biases.astype(np.float32)
+    values = codes.view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+    return values * scales.view(ml_dtypes.float8_e8m0fnu).astype(np.float32)

@@ -13,6 +13,7 @@ from checkpoint_cases import same_bits
 
 import jaxq
 from jaxq.checkpoints import CheckpointError, safetensors
+from jaxq.checkpoints.entries import dense
 
 
 class Pair(typing.NamedTuple):
@@ -173,7 +174,7 @@ def test_a_deep_tree_is_refused(tmp_path):
     jaxq.load(path)
     text = safetensors.read_header(path)[1]["jaxq"].replace('{"list": [', '{"list": [' * 500, 1)
     array = np.zeros(1, np.float32)
-    safetensors.write(path, {"w": safetensors.dense((1,), np.float32)}, [("w", array)], {"jaxq": text})
+    safetensors.write(path, {"w": dense((1,), np.float32)}, [("w", array)], {"jaxq": text})
     with pytest.raises(CheckpointError):
         jaxq.load(path)
 
