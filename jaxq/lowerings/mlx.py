@@ -84,6 +84,7 @@ def lower(
 ) -> Any:
     """A callback in the place of the operation."""
     run = functools.partial(_RUN[op], **parameters)
+    avals_in: Any = ctx.avals_in  # a sequence of abstract values, which JAX annotates as shaped arrays
 
     def callback(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
         return on_worker(run, *arrays)
@@ -93,7 +94,7 @@ def lower(
         callback,
         None,
         list(operands),
-        ctx.avals_in,
+        avals_in,
         ctx.avals_out,
         has_side_effect=False,
         returns_token=False,
@@ -305,7 +306,7 @@ def _quantized_matmul(x: np.ndarray, *leaves: np.ndarray, spec: QuantSpec, trans
     batch = math.prod(lead)
     x3 = _to_mlx(x.reshape(batch, -1, x.shape[-1]) if lead else x.reshape(-1, x.shape[-1])).astype(mx.float32)
     if spec.held_by is None:
-        leaves = [leaf.reshape(batch, *leaf.shape[-2:]) if lead else leaf for leaf in leaves]
+        leaves = tuple(leaf.reshape(batch, *leaf.shape[-2:]) if lead else leaf for leaf in leaves)
     weights = _weights(leaves, spec)
     inputs = [x3] if len(weights) == 1 else [x3[i] for i in range(batch)]
     parts = [_product(part, weight, spec, transpose) for part, weight in zip(inputs, weights, strict=True)]

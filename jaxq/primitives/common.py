@@ -50,7 +50,7 @@ def check_implementation(function: str, name: str | None, op: str | None = None,
         )
     module = IMPLEMENTATIONS[base]
     reason = module.unavailable() if name == base else _variant_unavailable(module, name)
-    if reason is None and op is not None:
+    if reason is None and op is not None and spec is not None:
         reason = refusal(module, op, spec)
     if reason is not None:
         raise ValueError(f"{function}: implementation={name!r} can't be used here: {reason}")
