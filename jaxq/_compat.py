@@ -1,6 +1,6 @@
 """Every use of JAX that its documented API does not cover, each with its reason.
 
-Nothing here imports `jax._src`; what is used are undocumented attributes of public objects, on jax 0.10.2 to 0.12.
+Most are undocumented attributes of public objects; what comes from `jax._src` says why. Checked on jax 0.10.2 to 0.12.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax.sharding import PartitionSpec
 
 
@@ -46,3 +47,12 @@ def align_varying(*operands: Any) -> tuple[Any, ...]:
 def unpartitioned(aval: Any) -> Any:
     """The abstract value without a mesh: for tracing a lowering's body, which XLA then partitions by itself."""
     return jax.core.ShapedArray(aval.shape, aval.dtype)
+
+
+def require_devices(primitive: Any) -> None:
+    """Have JAX tell the devices of a program when it lowers `primitive`.
+
+    `custom_partitioning` needs them and asks for them itself, but JAX looks for such primitives before lowering, and
+    ours turns into one only then. JAX has no public way to say so.
+    """
+    prim_requires_devices_during_lowering.add(primitive)

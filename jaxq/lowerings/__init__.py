@@ -9,6 +9,7 @@ A module of this package implements the operations for some platforms. It has
 and may have
   variants() -> names of the form "NAME:variant".
   unsuited(ctx) -> str | None: why it can't stand in the program that is being lowered.
+  OPAQUE = True: XLA can't look into it, and is told how to partition it.
   lower(ctx, op, operands, *, implementation, **parameters): a lowering rule, in the place of the three operations.
 """
 
@@ -24,6 +25,7 @@ from jax.interpreters import mlir
 
 from jaxq import _compat
 from jaxq.lowerings import cpu, mlx, mps, xla
+from jaxq.lowerings.partition import automatic_devices, partitioned
 from jaxq.primitives import common
 from jaxq.primitives.dequantize import dequantize_p
 from jaxq.primitives.quantize import quantize_p
@@ -98,9 +100,11 @@ def _rule(op: str) -> Any:
         module = choose(target, implementation, op, parameters["spec"], ctx)
         if hasattr(module, "lower"):
             return module.lower(ctx, op, operands, implementation=implementation, **parameters)
-        lowered = mlir.lower_fun(_traced(module, op, implementation, parameters), multiple_results=True)
         ctx = ctx.replace(avals_in=[_compat.unpartitioned(aval) for aval in ctx.avals_in])
-        return lowered(ctx, *operands)
+        function = _traced(module, op, implementation, parameters)
+        if getattr(module, "OPAQUE", False) and automatic_devices(ctx) > 1:
+            function = partitioned(op, function, ctx.avals_in, parameters["spec"], parameters.get("transpose"))
+        return mlir.lower_fun(function, multiple_results=True)(ctx, *operands)
 
     return rule
 
@@ -132,3 +136,4 @@ for _op, _primitive in (
     ("quantized_matmul", quantized_matmul_p),
 ):
     mlir.register_lowering(_primitive, _rule(_op))
+    _compat.require_devices(_primitive)

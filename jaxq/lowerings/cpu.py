@@ -20,6 +20,7 @@ from jaxq.spec import QuantSpec
 
 NAME = "cpu"
 PLATFORMS = ("cpu",)
+OPAQUE = True
 
 
 @functools.cache

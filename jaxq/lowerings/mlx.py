@@ -31,6 +31,7 @@ import ml_dtypes
 import numpy as np
 from jax.interpreters import mlir
 
+from jaxq.lowerings.partition import automatic_devices
 from jaxq.spec import QuantSpec
 
 NAME = "mlx"
@@ -65,13 +66,7 @@ def unsuited(ctx: mlir.LoweringRuleContext) -> str | None:
         return "a program for several platforms can't call back to Python"
     if ctx.module_context.lowering_parameters.for_export:
         return "an exported program can't call back to Python"
-    context = ctx.module_context.axis_context
-    if isinstance(context, mlir.SPMDAxisContext):
-        # Of the axes of the mesh, those that jax.shard_map has not taken are XLA's to partition.
-        free = [size for name, size in context.mesh.shape.items() if name not in context.manual_axes]
-        devices = math.prod(free)
-    else:
-        devices = getattr(context, "num_devices", 1)
+    devices = automatic_devices(ctx)
     if devices > 1:
         return (
             f"the program is partitioned over {devices} devices, and MLX's calls can't be; wrap them in jax.shard_map"
