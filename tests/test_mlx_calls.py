@@ -1,4 +1,4 @@
-"""The implementation `mlx`: parity with mlx.core, one thread, no hanging, and what it refuses."""
+"""`mlx`, beyond what every implementation is tested for: poison, one thread, no hanging, what it refuses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import textwrap
 import cases
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import oracle
 import pytest
@@ -28,58 +27,6 @@ SPECS = [spec for spec in cases.SPECS if mlx.refuses("quantize", spec=spec) is N
 REFUSED = [spec for spec in cases.SPECS if spec not in SPECS]
 
 
-def to_numpy(array) -> np.ndarray:
-    if array.dtype == mx.bfloat16:
-        return np.array(array.view(mx.uint16)).view(ml_dtypes.bfloat16)
-    return np.array(array)
-
-
-def weights_of_every_kind(dtype: str) -> np.ndarray:
-    """Rows of 128 numbers: random, constant, zero, of one sign, tiny, huge, and on a grid, where quotients tie."""
-    rng = np.random.default_rng(0)
-    normal = rng.standard_normal((6, 128))
-    rows = [
-        *normal,
-        np.full(128, 0.37),
-        np.zeros(128),
-        np.abs(normal[0]) + 1,
-        -np.abs(normal[1]) - 1,
-        normal[2] * 2.0**-12,
-        normal[3] * 2.0**13,
-        rng.integers(-8, 8, 128) / 4,
-    ]
-    return np.stack(rows).astype(np.dtype(getattr(ml_dtypes, dtype, dtype)))
-
-
-@pytest.mark.parametrize("dtype", cases.DTYPES)
-@pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_quantize_gives_the_bits_of_mlx_core(spec, dtype):
-    w = weights_of_every_kind(dtype)
-    there = mx.array(w.view(np.uint16)).view(mx.bfloat16) if dtype == "bfloat16" else mx.array(w)
-    with mx.stream(mx.cpu):
-        expected = mx.quantize(there, group_size=spec.group_size, bits=spec.bits, mode=spec.mode)
-    qw = jaxq.quantize(w, bits=spec.bits, group_size=spec.group_size, mode=spec.mode, implementation="mlx")
-    for leaf, array in zip(qw.leaves, expected, strict=True):
-        np.testing.assert_array_equal(np.asarray(leaf), to_numpy(array))
-        assert leaf.dtype == to_numpy(array).dtype
-
-
-@pytest.mark.parametrize("dtype", cases.DTYPES)
-@pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_dequantize_and_product_against_the_oracle(spec, dtype):
-    weight = cases.weight(spec, (37, 256), dtype)
-    w = jaxq.dequantize(weight.qw, dtype, implementation="mlx")
-    assert w.dtype == np.dtype(jnp.dtype(dtype))
-    error = np.abs(np.asarray(w, np.float64) - weight.dense)
-    assert np.all(error <= cases.dequantize_bound(weight.qw, weight.dense, dtype))
-    for transpose in (True, False):
-        x = cases.activations((5, 256 if transpose else 37), dtype)
-        y = jaxq.quantized_matmul(x, weight.qw, transpose=transpose, implementation="mlx")
-        assert y.dtype == x.dtype
-        error = np.abs(np.asarray(y, np.float64) - oracle.matmul(np.asarray(x), weight.dense, transpose=transpose))
-        assert np.all(error <= cases.matmul_bound(x, weight.qw, weight.dense, transpose=transpose))
-
-
 @pytest.mark.parametrize("x_dtype", cases.DTYPES)
 @pytest.mark.parametrize("scale_dtype", cases.DTYPES)
 def test_x_and_scales_of_different_dtypes(x_dtype, scale_dtype):
@@ -91,28 +38,17 @@ def test_x_and_scales_of_different_dtypes(x_dtype, scale_dtype):
     assert np.all(error <= cases.matmul_bound(x, weight.qw, weight.dense, transpose=True))
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("dtype", cases.DTYPES)
-@pytest.mark.parametrize("spec", [s for s in SPECS if s.bits in (4, 8) or not s.is_affine], ids=str)
-def test_a_bad_number_poisons_its_group_alone(spec, dtype, bad):
-    w = np.array(cases.activations((4, 256), dtype))
-    clean = jaxq.quantize(w, bits=spec.bits, group_size=spec.group_size, mode=spec.mode, implementation="mlx")
-    w[2, spec.group_size + 1] = bad
+@pytest.mark.parametrize("spec", [s for s in cases.FEW_SPECS if s in SPECS], ids=str)
+def test_a_poisoned_group_makes_its_products_nan_and_no_others(spec):
+    w = np.array(cases.activations((4, 256)))
+    w[2, spec.group_size + 1] = np.inf
     qw = jaxq.quantize(w, bits=spec.bits, group_size=spec.group_size, mode=spec.mode, implementation="mlx")
-    for leaf, other in zip(qw.leaves, clean.leaves, strict=True):
-        of_group = leaf.shape[-1] // (256 // spec.group_size)
-        elsewhere = np.ones(leaf.shape, bool)
-        elsewhere[2, of_group : 2 * of_group] = False
-        np.testing.assert_array_equal(np.asarray(leaf)[elsewhere], np.asarray(other)[elsewhere])
-    bad_weights = np.zeros((4, 256), bool)
-    bad_weights[2, spec.group_size : 2 * spec.group_size] = True
-    for implementation in ("xla", "mlx"):
-        np.testing.assert_array_equal(np.isnan(qw.dequantize(implementation=implementation)), bad_weights)
-    # A NaN in the weight is one in the product, even where x is 0; the other rows (columns) of the weight are clean.
+    bad = np.zeros((4, 256), bool)
+    bad[2, spec.group_size : 2 * spec.group_size] = True
+    # Even where x is 0.
     for x, transpose in ((jnp.zeros((3, 256)), True), (jnp.ones((3, 256)), True), (jnp.zeros((3, 4)), False)):
         y = jaxq.quantized_matmul(x, qw, transpose=transpose, implementation="mlx")
-        nan = bad_weights.any(-1 if transpose else 0)
-        np.testing.assert_array_equal(np.isnan(y), np.broadcast_to(nan, y.shape))
+        np.testing.assert_array_equal(np.isnan(y), np.broadcast_to(bad.any(-1 if transpose else 0), y.shape))
 
 
 @pytest.mark.parametrize("mode, scale", [("mxfp4", 0xFF), ("mxfp8", 0xFF), ("nvfp4", 0x7F), ("nvfp4", 0xFF)])
@@ -146,24 +82,6 @@ def test_weights_with_no_rows():
 
 def product(x, qw, **options):
     return jaxq.quantized_matmul(x, qw, implementation="mlx", **options)
-
-
-@pytest.mark.parametrize("spec", [s for s in cases.FEW_SPECS if s in SPECS], ids=str)
-@pytest.mark.parametrize("over", ["x", "weights", "both"])
-def test_vmap(spec, over):
-    weight = cases.weight(spec, (3, 24, 128))
-    x = cases.activations((3, 5, 128))
-    if over == "x":
-        y = jax.jit(jax.vmap(product, in_axes=(0, None)))(x, weight.qw[1])
-        dense = weight.dense[1]
-    elif over == "weights":
-        y = jax.vmap(product, in_axes=(None, 0))(x[0], weight.qw)
-        x, dense = x[0], weight.dense
-    else:
-        y = jax.jit(jax.vmap(product))(x, weight.qw)
-        dense = weight.dense
-    bound = cases.matmul_bound(x, weight.qw if over != "x" else weight.qw[1], dense, transpose=True)
-    assert np.all(np.abs(np.asarray(y, np.float64) - oracle.matmul(np.asarray(x), dense, transpose=True)) <= bound)
 
 
 def test_scan_of_a_thousand_iterations():
@@ -363,7 +281,7 @@ def test_absence_is_explained(monkeypatch):
         monkeypatch.undo()
         mlx.unavailable.cache_clear()
         monkeypatch.setattr(mx, "__version__", "0.30.1")
-        assert mlx.unavailable() == "mlx 0.30.1 is too old; 0.32.2 or newer is needed"
+        assert mlx.unavailable() == "mlx 0.30.1 is too old; 0.32.4 or newer is needed"
     finally:
         monkeypatch.undo()
         mlx.unavailable.cache_clear()
