@@ -10,6 +10,9 @@ namespace {
 
 // Best first.
 const Isa* const kIsas[] = {
+#ifdef JAXQ_AMX
+    &kAmx,
+#endif
 #ifdef JAXQ_AVX512_BF16
     &kAvx512Bf16,
 #endif
@@ -21,6 +24,15 @@ const Isa* const kIsas[] = {
 #endif
 #ifdef JAXQ_AVX2
     &kAvx2,
+#endif
+#ifdef JAXQ_NEON_BF16
+    &kNeonBf16,
+#endif
+#ifdef JAXQ_NEON_I8MM
+    &kNeonI8mm,
+#endif
+#ifdef JAXQ_NEON_DOTPROD
+    &kNeonDotprod,
 #endif
 #ifdef JAXQ_NEON
     &kNeon,

@@ -89,7 +89,7 @@ void UnpackOctetPairs(const uint8_t* src, int64_t pairs, int bits, int64_t reada
   }
 }
 
-void UnpackOctets(const uint8_t* src, int64_t octets, int bits, int64_t readable, uint8_t* dst) {
+[[maybe_unused]] void UnpackOctets(const uint8_t* src, int64_t octets, int bits, int64_t readable, uint8_t* dst) {
   if (bits == 8) {
     std::memcpy(dst, src, static_cast<size_t>(octets) * 8);
     return;
@@ -113,7 +113,7 @@ void UnpackOctets(const uint8_t* src, int64_t octets, int bits, int64_t readable
   }
 }
 
-void PackOctets(const uint8_t* codes, int64_t octets, int bits, uint8_t* dst) {
+[[maybe_unused]] void PackOctets(const uint8_t* codes, int64_t octets, int bits, uint8_t* dst) {
   // Neighbouring fields are joined three times: bytes to pairs, pairs to fours, fours to one field of 8*bits bits.
   const uint64_t one = 0x0001000100010001u * ((uint64_t{1} << bits) - 1);
   const uint64_t two = 0x0000000100000001u * ((uint64_t{1} << 2 * bits) - 1);
@@ -128,7 +128,7 @@ void PackOctets(const uint8_t* codes, int64_t octets, int bits, uint8_t* dst) {
   }
 }
 
-void MapE2m1(uint8_t* codes, int64_t count) {
+[[maybe_unused]] void MapE2m1(uint8_t* codes, int64_t count) {
   const uint8x16_t table = vreinterpretq_u8_s8(vld1q_s8(kTwiceE2m1));
   for (int64_t i = 0; i < count; i += 16) vst1q_u8(codes + i, vqtbl1q_u8(table, vld1q_u8(codes + i)));
 }
