@@ -2,6 +2,7 @@
 
 from jaxq.array import QuantizedArray, is_quantized
 from jaxq.checkpoints.trees import load, save
+from jaxq.dispatch import dispatch, register_dispatch_rule
 from jaxq.lowerings import implementations
 from jaxq.primitives.common import use_implementation
 from jaxq.primitives.dequantize import dequantize
@@ -21,12 +22,14 @@ __all__ = [
     "Residency",
     "dequantize",
     "dequantize_tree",
+    "dispatch",
     "implementations",
     "is_quantized",
     "load",
     "quantize",
     "quantize_tree",
     "quantized_matmul",
+    "register_dispatch_rule",
     "report",
     "resident",
     "save",

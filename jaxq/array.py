@@ -22,9 +22,14 @@ _HELP = (
 )
 
 
-def _placeholder(qw: QuantizedArray) -> Callable[[], jax.Array] | None:
-    """What `__jax_array__` is: absent here; jaxq.dispatch puts its own in this place, so that nothing imports it."""
-    return None
+# What `__jax_array__` is: absent, unless `jaxq.dispatch`, which nothing here may import, is tracing a function.
+_placeholder: Callable[[QuantizedArray], Callable[[], jax.Array] | None] | None = None
+
+
+def set_placeholder(placeholder: Callable[[QuantizedArray], Callable[[], jax.Array] | None]) -> None:
+    """Register what `QuantizedArray.__jax_array__` is: a function of the array, which gives None for "absent"."""
+    global _placeholder
+    _placeholder = placeholder
 
 
 class _Helpful(type):
@@ -261,7 +266,7 @@ class QuantizedArray(metaclass=_Helpful):
     @property
     def __jax_array__(self) -> Callable[[], jax.Array]:
         # JAX calls this before it tries __rmatmul__, so it must be absent unless jaxq.dispatch stages the function.
-        convert = _placeholder(self)
+        convert = None if _placeholder is None else _placeholder(self)
         if convert is None:
             raise AttributeError("__jax_array__")
         return convert

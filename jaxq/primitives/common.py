@@ -38,6 +38,11 @@ def use_implementation(name: str | None) -> Iterator[None]:
         yield
 
 
+def current_implementation() -> str | None:
+    """What the surrounding `use_implementation` names; None outside of one."""
+    return _chosen.value
+
+
 def check_implementation(function: str, name: str | None, op: str | None = None, spec: QuantSpec | None = None) -> None:
     """Raise ValueError where `name` is unknown, unusable in this process, or refuses `op` in the format `spec`."""
     if name is None:
