@@ -32,6 +32,10 @@ class Unfused(NamedTuple):
     reason: str
 
 
+# For weights that `jaxq.resident` made.
+HELD = "its data is held outside JAX and can't be cut or rearranged"
+
+
 @dataclasses.dataclass(frozen=True)
 class Policy:
     """What to do where a weight becomes dense. Hashable: part of the keys under which traced functions are kept."""

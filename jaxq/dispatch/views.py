@@ -58,8 +58,7 @@ class View:
 
     @property
     def storage_shape(self) -> tuple[int, ...]:
-        *lead, words = self.leaves[0].shape
-        return (*lead, self.form.spec.length(words))
+        return self.form.spec.storage_shape(self.leaves[0].shape)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -74,6 +73,11 @@ class View:
     def grouped(self) -> int:
         """Which axis of the view is the grouped one."""
         return self.form.order.index(self.ndim - 1)
+
+    @property
+    def held(self) -> bool:
+        """Whether the data is outside JAX (see `jaxq.resident`), so that the leaves can't be cut or rearranged."""
+        return self.form.spec.held_by is not None
 
     @property
     def aval(self) -> Any:
@@ -176,7 +180,8 @@ def unflatten(forms: Sequence[Form | None], leaves: Sequence[Any]) -> list[Any]:
     """The inverse of `flatten`."""
     source = iter(leaves)
     return [
-        next(source) if form is None else View([next(source) for _ in range(leaf_count(form))], form) for form in forms
+        next(source) if form is None else View([next(source) for _ in range(form.spec.leaf_count)], form)
+        for form in forms
     ]
 
 
@@ -184,9 +189,5 @@ def per_leaf(items: Sequence[Any], forms: Sequence[Form | None], filler: Any) ->
     """A list with an item per value as one with an item per array; the leaves of views get `filler`."""
     out: list[Any] = []
     for item, form in zip(items, forms, strict=True):
-        out.extend([item] if form is None else [filler] * leaf_count(form))
+        out.extend([item] if form is None else [filler] * form.spec.leaf_count)
     return tuple(out)
-
-
-def leaf_count(form: Form) -> int:
-    return 3 if form.spec.is_affine else 2

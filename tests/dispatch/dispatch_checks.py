@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 
 import jaxq
 
@@ -36,17 +37,13 @@ def weight(*shape: int, axis: Any = -1, bits: int = 4, seed: int = 1, dtype: Any
 
 
 def decode(qw: jaxq.QuantizedArray) -> jax.Array:
-    """What a weight stands for, by NumPy, in the dtype of its scales."""
-    if not qw.spec.is_affine:
-        return qw.dequantize()
-    packed, scales, biases = (np.asarray(leaf) for leaf in qw.leaves)
-    stream = np.unpackbits(packed.astype("<u4").view(np.uint8), axis=-1, bitorder="little")
-    codes = stream.reshape(*packed.shape[:-1], -1, qw.bits) @ (1 << np.arange(qw.bits))
-    groups = codes.reshape(*scales.shape, qw.group_size).astype(np.float64)
-    w = (groups * scales[..., None].astype(np.float64) + biases[..., None].astype(np.float64)).reshape(codes.shape)
+    """What a weight stands for, by NumPy in float64, rounded once to the dtype that it dequantizes to."""
+    biases = None if qw.biases is None else np.asarray(qw.biases)
+    leaves = np.asarray(qw.packed), np.asarray(qw.scales), biases
+    w = oracle.dequantize(*leaves, bits=qw.bits, group_size=qw.group_size, mode=qw.mode)
     last = [axis % qw.ndim for axis in qw.axis]
     order = [axis for axis in range(qw.ndim) if axis not in last] + last
-    return jnp.asarray(w.transpose(np.argsort(order)).astype(scales.dtype))
+    return jnp.asarray(w.transpose(np.argsort(order)).astype(qw.float_dtype))
 
 
 def dense(tree: Any) -> Any:

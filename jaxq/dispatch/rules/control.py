@@ -12,7 +12,7 @@ from jax import lax
 from jax.extend.core import primitives as p
 
 from jaxq import _compat
-from jaxq.dispatch.fallback import Policy
+from jaxq.dispatch.fallback import HELD, Policy
 from jaxq.dispatch.interpreter import evaluate, evaluate_traced, rule, traced_body
 from jaxq.dispatch.views import Form, View, dense, flatten, is_view, per_leaf, unflatten
 from jaxq.primitives.quantized_matmul import quantized_matmul_p
@@ -123,8 +123,8 @@ def _scannable(eqn: Any, value: Any, policy: Policy) -> Any:
     if not is_view(value):
         return value
     first = value.form.order[0]
-    if first == value.ndim - 1:
-        policy.report(eqn, [value], "it is scanned over its grouped axis")
+    if first == value.ndim - 1 or (value.held and first != 0):
+        policy.report(eqn, [value], HELD if value.held else "it is scanned over its grouped axis")
         return value.dense()
     return value.stored([first, *(s for s in range(value.ndim - 1) if s != first)])
 

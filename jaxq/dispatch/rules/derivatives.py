@@ -22,7 +22,7 @@ from jax.tree_util import Partial
 from jaxq import _compat
 from jaxq.dispatch.fallback import Policy
 from jaxq.dispatch.interpreter import evaluate, evaluate_function, rule
-from jaxq.dispatch.views import Form, View, dense, flatten, is_float, is_view, leaf_count, unflatten
+from jaxq.dispatch.views import Form, View, dense, flatten, is_float, is_view, unflatten
 from jaxq.primitives.dequantize import weight_cotangents
 
 
@@ -112,7 +112,7 @@ def _pull(
         if form is None:
             out.append(results.get(i))
         elif i not in results:
-            out.extend([None] * leaf_count(form))
+            out.extend([None] * form.spec.leaf_count)
         else:
             packed, *params = leaves[i]
             stored = lax.transpose(results[i], np.argsort(form.order))
@@ -146,7 +146,7 @@ def _tangents(primals: Sequence[Any], forms: Sequence[Form | None], leaves: Sequ
             tangent = next(source)
             tangents.append(None if type(tangent) is SymbolicZero else tangent)
             continue
-        _, *of_params = [next(source) for _ in range(leaf_count(form))]
+        _, *of_params = [next(source) for _ in range(form.spec.leaf_count)]
         if all(type(tangent) is SymbolicZero or not is_float(tangent.dtype) for tangent in of_params):
             tangents.append(None)
             continue

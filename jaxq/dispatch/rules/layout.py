@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jax.extend.core import primitives as p
 
-from jaxq.dispatch.fallback import Policy, Unfused
+from jaxq.dispatch.fallback import HELD, Policy, Unfused
 from jaxq.dispatch.interpreter import rule
 from jaxq.dispatch.views import View, flatten, is_float, is_view, unflatten
 
@@ -77,6 +77,8 @@ def reshaped(view: View, new: Sequence[int]) -> list[Any] | Unfused:
     storage axes of a run must be neighbours in the same order, and the run with the grouped axis must end in it, with
     whole groups in whole words. Axes of length 1 are nowhere in the way.
     """
+    if view.held:
+        return Unfused(HELD)
     runs = _runs(view.shape, new)
     if runs is None:
         return Unfused("the weight is empty")

@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jax.extend.core import primitives as p
 
-from jaxq.dispatch.fallback import Policy, Unfused
+from jaxq.dispatch.fallback import HELD, Policy, Unfused
 from jaxq.dispatch.interpreter import rule
 from jaxq.dispatch.views import View, is_view
 
@@ -23,10 +23,13 @@ def _gather(eqn: Any, values: list[Any], policy: Policy) -> list[Any] | Unfused:
     view, indices = values
     if not is_view(view) or is_view(indices):
         return Unfused("the weight serves as indices")
+    if view.held:
+        return Unfused(HELD)
     params = eqn.params
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
     removed = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
-    if view.grouped in (*numbers.start_index_map, *removed) or sizes[view.grouped] != view.shape[view.grouped]:
+    # Indices along the grouped axis do no harm where it is read whole: they mean the same for words and for groups.
+    if view.grouped in removed or sizes[view.grouped] != view.shape[view.grouped]:
         return Unfused("it reads parts of groups; quantize along the axis that is read whole")
     fills = _fills(view, params)
     if fills is None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import primitives as p
 
-from jaxq.dispatch.fallback import Policy, Unfused
+from jaxq.dispatch.fallback import HELD, Policy, Unfused
 from jaxq.dispatch.interpreter import rule
 from jaxq.dispatch.views import View, is_view
 
@@ -17,6 +17,8 @@ from jaxq.dispatch.views import View, is_view
 @rule(p.slice_p)
 def _slice(eqn: Any, values: list[Any], policy: Policy) -> list[Any] | Unfused:
     view = values[0]
+    if view.held:
+        return Unfused(HELD)
     by_storage = [view.form.order.index(s) for s in range(view.ndim)]
     strides = eqn.params["strides"] or (1,) * view.ndim
     start, limit, stride = (
@@ -40,6 +42,8 @@ def _slice(eqn: Any, values: list[Any], policy: Policy) -> list[Any] | Unfused:
 @rule(p.dynamic_slice_p)
 def _dynamic_slice(eqn: Any, values: list[Any], policy: Policy) -> list[Any] | Unfused:
     view, *starts = values
+    if view.held:
+        return Unfused(HELD)
     by_storage = [view.form.order.index(s) for s in range(view.ndim)]
     sizes = [eqn.params["slice_sizes"][axis] for axis in by_storage]
     if sizes[-1] != view.storage_shape[-1]:
@@ -62,6 +66,8 @@ def row_or_view(whole: View, cut: View) -> Any:
 @rule(lax.split_p)
 def _split(eqn: Any, values: list[Any], policy: Policy) -> list[Any] | Unfused:
     view, sizes = values[0], eqn.params["sizes"]
+    if view.held:
+        return Unfused(HELD)
     axis = view.form.order[eqn.params["axis"]]
     grouped = axis == view.ndim - 1
     if grouped and any(size % view.form.spec.length_multiple for size in sizes):
@@ -76,6 +82,8 @@ def _split(eqn: Any, values: list[Any], policy: Policy) -> list[Any] | Unfused:
 @rule(lax.unstack_p)
 def _unstack(eqn: Any, values: list[Any], policy: Policy) -> list[Any] | Unfused:
     view = values[0]
+    if view.held:
+        return Unfused(HELD)
     position = eqn.params["axis"]
     axis = view.form.order[position]
     if axis == view.ndim - 1:
@@ -106,7 +114,7 @@ def _stack(eqn: Any, values: list[Any], policy: Policy) -> list[Any] | Unfused:
 
 def alike(values: Sequence[Any]) -> bool:
     """Whether all values are views that can stand in one storage."""
-    return all(is_view(value) for value in values) and all(
+    return all(is_view(value) and not value.held for value in values) and all(
         value.form.layout == values[0].form.layout and value.leaves[1].dtype == values[0].leaves[1].dtype
         for value in values
     )

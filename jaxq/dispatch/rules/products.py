@@ -13,7 +13,7 @@ from jax import lax
 from jax.extend.core import primitives as p
 
 from jaxq import _compat
-from jaxq.dispatch.fallback import Policy, Unfused
+from jaxq.dispatch.fallback import HELD, Policy, Unfused
 from jaxq.dispatch.interpreter import rule
 from jaxq.dispatch.views import View, is_view, size
 from jaxq.primitives import common
@@ -70,6 +70,8 @@ def _product(x: Any, view: View, axes: _Axes, swapped: bool, dtype: np.dtype) ->
     by_storage = sorted(range(len(contract)), key=contract.__getitem__)
     transpose = last in contract
     rows, columns = (w_free, sorted(contract)) if transpose else (sorted(contract), w_free)
+    if view.held and (rows != [last - 1] or columns != [last]):
+        return Unfused(HELD)
     leaves = _matrix(view, batch, rows, columns)
 
     x_free = [a for a in range(x.ndim) if a not in axes.x_contract and a not in axes.x_batch]
@@ -103,7 +105,7 @@ def _bind(x: Any, leaves: list[Any], view: View, transpose: bool, dtype: np.dtyp
     """The quantized product in `dtype`, computed in the wider of that and x's dtype, rounded from there."""
     spec = view.form.spec
     name = common.resolve_implementation("dispatch", None, "quantized_matmul", spec)
-    wide = jnp.promote_types(x.dtype, dtype)
+    wide = dtype if x.dtype == dtype else np.dtype(np.float32)
     x = x if x.dtype == wide else lax.convert_element_type(x, wide)
     y = bind_quantized_matmul(x, *leaves, spec=spec, transpose=transpose, implementation=name)
     return y if wide == dtype else lax.convert_element_type(y, dtype)
@@ -132,6 +134,8 @@ def _ragged_dot(eqn: Any, values: list[Any], policy: Policy) -> list[Any] | Unfu
         return Unfused("it has a group offset or asks for a sharding of its result")
     if view.form.order[0] == view.ndim - 1:
         return Unfused("the experts' axis is the grouped one")
+    if view.held and view.form.order[0] != 0:
+        return Unfused(HELD)
     if x.dtype not in common.FLOAT_DTYPES or dtype not in common.FLOAT_DTYPES:
         return Unfused(f"{x.dtype.name} in and {dtype.name} out is not among float32, float16 and bfloat16")
     view = view.stored([view.form.order[0], *(s for s in range(2) if s != view.form.order[0])])
