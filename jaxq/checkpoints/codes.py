@@ -32,17 +32,19 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def unpack(words: np.ndarray, bits: int) -> np.ndarray:
-    """The inverse of `pack` for bits that divide 8, lowest bits first.
+    """The inverse of `pack`: codes of a little-endian bit stream along the last axis.
 
     Args:
-      words: any integer dtype [..., W].
-      bits: 2, 4 or 8.
+      words: 32-bit integers [..., W]; W * 32 is a multiple of bits.
+      bits: 1 to 8.
 
     Returns:
-      uint8[..., W * itemsize * 8 / bits].
+      uint8[..., W * 32 / bits].
     """
-    as_bytes = np.ascontiguousarray(words).view(np.uint8)
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    codes = as_bytes[..., None] >> shifts
-    codes &= np.uint8(2**bits - 1)
-    return codes.reshape(*as_bytes.shape[:-1], -1)
+    stream = np.ascontiguousarray(words).view(np.uint8)
+    if 8 % bits == 0:
+        codes = stream[..., None] >> np.arange(0, 8, bits, dtype=np.uint8)
+        codes &= np.uint8(2**bits - 1)
+        return codes.reshape(*stream.shape[:-1], -1)
+    each = np.unpackbits(stream, axis=-1, bitorder="little").reshape(*stream.shape[:-1], -1, bits)
+    return (each << np.arange(bits, dtype=np.uint8)).sum(-1, dtype=np.uint8)

@@ -86,8 +86,8 @@ def open(path: str | os.PathLike[str], *, scale_dtype: Any = None, dequantize: b
     Args:
       path: the file.
       scale_dtype: float32, float16 or bfloat16 for the scales and biases of the affine types. None: per type the
-        narrowest that is exact. A narrower one rounds: by up to 2**-11 of each of `scales * code` and `biases` in
-        float16, 2**-8 in bfloat16, so that weights are off by up to 3e-4 and 2e-3 of a tensor's largest.
+        narrowest that is exact. A narrower one rounds `scales * code` and `biases` by up to 2**-11 of
+        each in float16, 2**-8 in bfloat16.
       dequantize: load the types that are no group formats dense, in float32; needs the `gguf` package.
 
     Returns:

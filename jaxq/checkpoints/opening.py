@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jaxq.checkpoints import gguf, mlx, safetensors
+from jaxq.checkpoints import awq, gguf, gptq, mlx, safetensors, zero_points
 from jaxq.checkpoints.entries import Checkpoint, Select
 from jaxq.checkpoints.files import refuse
 
 
 def open(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open a checkpoint of any format served, told by its config: MLX, GGUF, or dense safetensors.
+    """Open a checkpoint of any format served, told by its config: MLX, GGUF, GPTQ, AWQ, or dense safetensors.
 
     Args:
       path: a directory, or a file.
@@ -32,11 +32,15 @@ def open(path: str | os.PathLike[str]) -> Checkpoint:
     config = safetensors.read_config(path)
     if "quantization" in config:
         return mlx.open(path, config=config)
-    method = config.get("quantization_config")
-    if method is not None:
-        name = method.get("quant_method") if isinstance(method, dict) else method
-        raise refuse(path, f"config.json: quantization method {str(name)[:100]!r} is not read; read is MLX's")
-    return safetensors.open(path)
+    method = zero_points.method_config(path)
+    if not method:
+        return safetensors.open(path)
+    # The files that AutoGPTQ and AutoAWQ write beside config.json have no quant_method.
+    name = method.get("quant_method", "awq" if "w_bit" in method else "gptq" if "desc_act" in method else None)
+    if name in ("gptq", "awq"):
+        return gptq.open(path) if name == "gptq" else awq.open(path)
+    what = f"quantization method {str(name)[:100]!r} is not read; MLX's, gptq and awq are"
+    raise refuse(path, f"config.json: {what}")
 
 
 def load(path: str | os.PathLike[str], *, select: Select = None, progress: bool | None = None) -> dict[str, Any]:

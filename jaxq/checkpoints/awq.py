@@ -1,0 +1,89 @@
+"""AWQ checkpoints of the GEMM layout, as AutoAWQ and transformers write them: 4 bits, any group size.
+
+A layer X is `X.qweight` int32[K, N / 8], `X.qzeros` int32[G, N / 8] and `X.scales` [G, N]. A word holds eight outputs,
+in the order of AWQ's kernel: its nibbles, the lowest first, are outputs 0, 2, 4, 6, 1, 3, 5, 7. It loads as one
+QuantizedArray [N, K], `X.weight`. Source of the layout: AutoAWQ's `WQLinear_GEMM`.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxq.array import QuantizedArray
+from jaxq.checkpoints import safetensors, zero_points
+from jaxq.checkpoints.codes import pack
+from jaxq.checkpoints.entries import Checkpoint, Select
+from jaxq.checkpoints.files import refuse
+from jaxq.checkpoints.safetensors import Tensor
+from jaxq.checkpoints.zero_points import Layer
+
+# Output i of a word stands in nibble _NIBBLE[i].
+_NIBBLE = (0, 4, 1, 5, 2, 6, 3, 7)
+
+
+def open(path: str | os.PathLike[str], *, scale_dtype: Any = None) -> Checkpoint:
+    """Open an AWQ checkpoint.
+
+    Args:
+      path: its directory; `quantization_config` stands in `config.json`, or `quant_config.json` beside it.
+      scale_dtype: of scales and biases: float32, float16 or bfloat16. None: float32, which is exact. float16 rounds
+        each bias by up to 2**-11 of itself, bfloat16 scales and biases by up to 2**-8 each.
+
+    Raises:
+      CheckpointError: files that are not well-formed, layers whose parts contradict each other or the config, and
+        layouts other than GEMM; by tensor name. No weight is read for that.
+    """
+    path = Path(path)
+    tensors, _ = safetensors.read_headers(path)
+    config = zero_points.method_config(path)
+    version = config.get("version", "gemm")
+    if not isinstance(version, str) or version.lower() != "gemm":
+        raise refuse(path, f"AWQ version {str(version)[:100]!r} is not read; read is 'gemm'")
+    dtype = zero_points.choose_dtype("awq.open", scale_dtype, symmetric=False)
+    layers, entries = zero_points.find_layers(path, tensors, _shape_of)
+    # Transformers' names, and AutoAWQ's own.
+    bits, group_size = config.get("bits", config.get("w_bit")), config.get("group_size", config.get("q_group_size"))
+    for layer in zero_points.check_config(path, layers, bits, group_size):
+        kind = f"awq{layer.bits}g{layer.group_size}"
+        entries[layer.name] = zero_points.make_entry(layer, dtype, kind, functools.partial(_read, layer))
+    return zero_points.checkpoint(path, "awq", tensors, entries)
+
+
+def load(
+    path: str | os.PathLike[str], *, select: Select = None, progress: bool | None = None, scale_dtype: Any = None
+) -> dict[str, Any]:
+    """Load an AWQ checkpoint: `open`, then `Checkpoint.load`, which say what the arguments mean."""
+    return open(path, scale_dtype=scale_dtype).load(select, progress=progress)
+
+
+def _shape_of(parts: Mapping[str, Tensor]) -> tuple[tuple[int, int], int]:
+    """((N, K), bits) from the shapes alone."""
+    (k, words), (groups, n) = parts["qweight"].shape, parts["scales"].shape
+    if words * 8 != n:
+        raise ValueError(f"{words} words for {n} outputs make {32 * words / n:g} bits; AWQ has 4")
+    if parts["qzeros"].shape != (groups, words):
+        raise ValueError(f"its zero points have shape {parts['qzeros'].shape}; {(groups, words)} is due")
+    return (n, k), 4
+
+
+def _unpack(words: np.ndarray) -> np.ndarray:
+    """int32[A, W] -> codes uint8[A, 8 * W], in the order of outputs."""
+    shifts = 4 * np.array(_NIBBLE, np.uint32)
+    codes = words.view(np.uint32)[..., None] >> shifts & np.uint32(15)
+    return codes.astype(np.uint8).reshape(len(words), -1)
+
+
+def _read(layer: Layer, abstract: QuantizedArray) -> list[np.ndarray]:
+    leaves = zero_points.new_leaves(abstract)
+    words = layer.parts["qweight"].read()
+    for rows in zero_points.columns(layer.shape[0]):
+        codes = _unpack(np.ascontiguousarray(words[:, rows.start // 8 : rows.stop // 8]))
+        leaves[0][rows] = pack(np.ascontiguousarray(codes.T), 4)
+    layer.affine(layer.parts["scales"].read(), _unpack(layer.parts["qzeros"].read()), leaves[1:], exact=False)
+    return leaves
