@@ -1,0 +1,189 @@
+"""The decoder: attention with grouped queries, rotary positions, RMS norms and a gated MLP, over a reused cache.
+
+Parameters are a dict:
+  embed     [V, D]
+  head      [V, D]; absent where the head is tied to the embedding
+  norm      float[D]
+  segments  a tuple of runs of layers; in each, every leaf has the run's layers as its first axis. Layers of one format
+            make one run, under one `lax.scan`; a layer in a format of its own is a run of one.
+A layer is a dict:
+  attention_norm, mlp_norm  float[D]
+  q_norm, k_norm            float[head_dim], family qwen3
+  qkv, gate_up              tuples of weights whose outputs stand side by side: `[H*hd + 2*KV*hd, D]` and `[2F, D]`.
+                            One weight where the formats agree, so that one product serves all
+  qkv_bias, out_bias        float, where the checkpoint has them; likewise gate_up_bias, down_bias
+  out                       [D, H*hd]
+  down                      [D, F]
+Weights are arrays or `jaxq.QuantizedArray`s: `x @ w.mT` and `w[tokens]` mean the same for both.
+
+B: batch; S: positions of this call; T: length of the cache; D, F: hidden and intermediate size; H, KV: heads of
+queries and of keys and values; hd: length of a head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from examples.llm import rope
+from examples.llm.config import Config
+
+Params = dict[str, Any]
+Cache = tuple[dict[str, jax.Array], ...]
+
+
+def init_cache(config: Config, params: Params, *, batch: int, length: int, dtype: Any) -> Cache:
+    """Empty keys and values, one dict `k`, `v` per segment, each dtype[layers of the segment, B, KV, T, hd]."""
+    counts = [segment["attention_norm"].shape[0] for segment in params["segments"]]
+    shape = (batch, config.num_kv_heads, length, config.head_dim)
+    return tuple({name: jnp.zeros((count, *shape), dtype) for name in ("k", "v")} for count in counts)
+
+
+def forward(config: Config, params: Params, tokens: jax.Array, dtype: Any) -> jax.Array:
+    """Logits of every position without a cache, for training and perplexity.
+
+    Args:
+      tokens: int[B, S].
+      dtype: of the activations.
+
+    Returns:
+      float32[B, S, V].
+    """
+    hidden, _ = _run(config, params, tokens, None, jnp.int32(0), dtype)
+    return logits(config, params, hidden)
+
+
+def extend(
+    config: Config, params: Params, tokens: jax.Array, cache: Cache, start: jax.Array, last: jax.Array
+) -> tuple[jax.Array, Cache]:
+    """Run tokens at positions start, start + 1, ..., with the cache of what came before.
+
+    Args:
+      tokens: int[B, S]. Those after `last` are padding: what they leave in the cache is overwritten before it is seen.
+      cache: see `init_cache`; its dtype is that of the activations.
+      start: int32[], tokens already in the cache. `start + S <= T` is the caller's to keep.
+      last: int32[], which of the tokens to give the logits of.
+
+    Returns:
+      float32[B, V], the logits that follow token `last`, and the cache with the tokens in it.
+    """
+    hidden, cache = _run(config, params, tokens, cache, start, cache[0]["k"].dtype)
+    return logits(config, params, lax.dynamic_slice_in_dim(hidden, last, 1, axis=1))[:, 0], cache
+
+
+def logits(config: Config, params: Params, hidden: jax.Array) -> jax.Array:
+    """hidden: float[B, S, D], after the last norm -> float32[B, S, V]."""
+    return (hidden @ params.get("head", params["embed"]).mT).astype(jnp.float32)
+
+
+def _run(
+    config: Config, params: Params, tokens: jax.Array, cache: Cache | None, start: jax.Array, dtype: Any
+) -> tuple[jax.Array, Cache]:
+    x = params["embed"][tokens].astype(dtype)
+    positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    angles = rope.tables(config, positions)
+    new_cache = []
+    for number, segment in enumerate(params["segments"]):
+        x, part = _segment(config, segment, x, cache[number] if cache else None, positions, angles)
+        new_cache.append(part)
+    return rms_norm(x, params["norm"], config.rms_norm_eps), tuple(new_cache)
+
+
+def _segment(config: Config, segment: Params, x: jax.Array, cache: Any, positions: jax.Array, angles: Any) -> Any:
+    """A run of layers, under `lax.scan` where it is more than one."""
+    count = segment["attention_norm"].shape[0]
+    if count == 1:
+        layer = jax.tree.map(lambda leaf: leaf[0], segment)
+        return _layer(config, layer, x, cache, 0, positions, angles)
+
+    # The cache is carried, not scanned over: a carried buffer is updated in place, a scanned one is copied.
+    def step(carry: Any, scanned: Any) -> Any:
+        x, cache = carry
+        layer, number = scanned
+        return _layer(config, layer, x, cache, number, positions, angles), None
+
+    return lax.scan(step, (x, cache), (segment, jnp.arange(count)))[0]
+
+
+def _layer(config: Config, layer: Params, x: jax.Array, cache: Any, number: Any, positions: Any, angles: Any) -> Any:
+    eps = config.rms_norm_eps
+    y, cache = _attention(config, layer, rms_norm(x, layer["attention_norm"], eps), cache, number, positions, angles)
+    x = x + y
+    y = project(rms_norm(x, layer["mlp_norm"], eps), layer["gate_up"], layer.get("gate_up_bias"))
+    gate, up = jnp.split(y, 2, axis=-1)
+    return x + project(jax.nn.silu(gate) * up, (layer["down"],), layer.get("down_bias")), cache
+
+
+def _attention(
+    config: Config, layer: Params, x: jax.Array, cache: Any, number: Any, positions: Any, angles: Any
+) -> Any:
+    batch, length, _ = x.shape
+    qkv = project(x, layer["qkv"], layer.get("qkv_bias"))
+    heads = qkv.reshape(batch, length, -1, config.head_dim)
+    q, k, v = jnp.split(heads, (config.num_heads, config.num_heads + config.num_kv_heads), axis=2)
+    if config.has_qk_norm:
+        q = rms_norm(q, layer["q_norm"], config.rms_norm_eps)
+        k = rms_norm(k, layer["k_norm"], config.rms_norm_eps)
+    q, k = rope.rotate(q, *angles), rope.rotate(k, *angles)
+    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # [B, KV, S, hd]
+    if cache is None:
+        y = attend_in_blocks(q, k, v, positions)
+    else:
+        at = (number, 0, 0, positions[0], 0)
+        cache = {
+            "k": lax.dynamic_update_slice(cache["k"], k[None], at),
+            "v": lax.dynamic_update_slice(cache["v"], v[None], at),
+        }
+        k = lax.dynamic_index_in_dim(cache["k"], number, keepdims=False)
+        v = lax.dynamic_index_in_dim(cache["v"], number, keepdims=False)
+        y = attend(q, k, v, positions)
+    return project(y.reshape(batch, length, -1), (layer["out"],), layer.get("out_bias")), cache
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
+    """Causal attention with grouped queries.
+
+    Args:
+      q: float[B, S, H, hd]; k, v: float[B, KV, T, hd], of positions 0 to T - 1.
+      positions: int32[S], of the queries; each sees the keys up to its own.
+
+    Returns:
+      float[B, S, H, hd] in q's dtype; the softmax is float32.
+    """
+    batch, length, heads, dim = q.shape
+    groups = k.shape[1]
+    repeat = heads // groups
+    # The queries that share keys become the rows of one plain batched product, without a transposed operand.
+    rows = jnp.transpose(q.reshape(batch, length, groups, repeat, dim), (0, 2, 3, 1, 4))
+    rows = rows.reshape(batch, groups, repeat * length, dim)
+    scores = jnp.einsum("bgmd,bgtd->bgmt", rows, k, preferred_element_type=jnp.float32) * jnp.float32(dim**-0.5)
+    seen = jnp.arange(k.shape[2]) <= jnp.tile(positions, repeat)[:, None]
+    weights = jax.nn.softmax(jnp.where(seen, scores, jnp.float32(-jnp.inf)), axis=-1).astype(v.dtype)
+    y = jnp.einsum("bgmt,bgtd->bgmd", weights, v).reshape(batch, groups, repeat, length, dim)
+    return jnp.transpose(y, (0, 3, 1, 2, 4)).reshape(batch, length, heads, dim)
+
+
+def attend_in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, block: int = 64) -> jax.Array:
+    """`attend` for S = T, a block of queries at a time: what lies after a block is not computed, only to be masked."""
+    parts = [
+        attend(q[:, at : at + block], k[:, :, : at + block], v[:, :, : at + block], positions[at : at + block])
+        for at in range(0, q.shape[1], block)
+    ]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+def project(x: jax.Array, weights: tuple[Any, ...], bias: jax.Array | None) -> jax.Array:
+    """The products with several weights `[N, K]`, side by side: float[..., K] -> float[..., sum of N]."""
+    products = [x @ w.mT for w in weights]
+    y = products[0] if len(products) == 1 else jnp.concatenate(products, axis=-1)
+    return y if bias is None else y + bias.astype(y.dtype)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * weight over the last axis, in float32, in x's dtype."""
+    wide = x.astype(jnp.float32)
+    scale = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + jnp.float32(eps))
+    return (wide * scale * weight.astype(jnp.float32)).astype(x.dtype)
