@@ -118,7 +118,7 @@ def check(
     run = transform(f)
     found = counts(run, *args)
     expected_counts = {"fused": fused, "dense": dense_weights, "dots": found["dots"] if dots is None else dots}
-    assert found == expected_counts
+    assert found == expected_counts, f"{found}, not {expected_counts}"
     tolerance = default_tolerance(args, products) if tolerance is None else tolerance
     # Both in one program: compiling is what takes the time here.
     got, expected = jax.jit(lambda args, dense_args: (run(*args), (reference or f)(*dense_args)))(args, dense(args))
