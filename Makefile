@@ -8,14 +8,18 @@ else
 VENV := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 endif
 BIN := $(VENV)/bin
+# The old jaxlib has wheels for Python 3.10 to 3.13.
+METAL_PYTHON ?= $(PYTHON)
+METAL_VENV := .venv-metal
 KERNELS := $(wildcard jaxq/kernels/cpu/CMakeLists.txt jaxq/kernels/cpu/*.cc jaxq/kernels/cpu/*.h)
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test lint metal format clean
 
 help:
 	@echo 'make demo     train, quantize and compare small models; takes a minute or two'
 	@echo 'make test     every test (ARGS="-k vmap -x" goes to pytest)'
 	@echo 'make lint     style and types'
+	@echo 'make metal    check what jax-metal would get, on the jaxlib that it was made for'
 	@echo 'make format   rewrite the sources to the style'
 	@echo 'make clean    remove the environments and what was built'
 	@echo 'All take PYTHON=python3.12 or the like; the default is python3.'
@@ -30,6 +34,10 @@ lint: $(VENV)/.extra-test $(VENV)/.extra-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+metal: $(VENV)/.extra-test $(METAL_VENV)/.installed
+	$(BIN)/python tools/metal.py write build/metal
+	$(METAL_VENV)/bin/python tools/metal.py run build/metal
 
 format: $(VENV)/.extra-lint
 	$(BIN)/ruff check --fix .
@@ -47,6 +55,12 @@ $(VENV)/.python:
 
 $(VENV)/.installed: $(VENV)/.python pyproject.toml $(KERNELS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(METAL_VENV)/.installed:
+	@$(METAL_PYTHON) -c 'import sys; sys.exit("make metal needs Python 3.10 to 3.13 for jaxlib 0.4.34, and $(METAL_PYTHON) is %d.%d; name one: make metal METAL_PYTHON=python3.12" % sys.version_info[:2] if not (3, 10) <= sys.version_info < (3, 14) else 0)'
+	$(METAL_PYTHON) -m venv --clear $(METAL_VENV)
+	$(METAL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check jax==0.4.34 jaxlib==0.4.34
 	@touch $@
 
 # The package is installed already, so this adds only what the extra asks for.

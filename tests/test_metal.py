@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 import re
 
 import cases
@@ -46,3 +47,12 @@ def test_plain_operations_only(spec, dtype):
 
         check(product, x, qw)
         check(jax.grad(lambda x, qw, f=product: f(x, qw).sum().astype("float32")), x, qw)
+
+
+def test_it_serializes_to_the_version_that_the_plugin_reads(monkeypatch):
+    # `make metal` also runs what this writes, on the jaxlib of that time.
+    monkeypatch.syspath_prepend(pathlib.Path(__file__).parent.parent / "tools")
+    import metal
+
+    _, f, args, _, _ = metal.matmul_program(jaxq.QuantSpec(3, 32), "bfloat16", transpose=True)
+    assert b"StableHLO_v1.7.5" in metal.serialize(f, args)[:64]
