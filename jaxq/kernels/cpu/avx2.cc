@@ -49,6 +49,21 @@ JAXQ_INLINE void StoreBf16(uint16_t* p, F v) {
 JAXQ_INLINE __m128i LoadBytes(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
 JAXQ_INLINE F FromU8(const uint8_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(LoadBytes(p))); }
 JAXQ_INLINE F FromS8(const int8_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(LoadBytes(p))); }
+// E4M3 is float16 with 7 bits less of mantissa and a bias that is 8 smaller.
+JAXQ_INLINE F FromE4m3(const uint8_t* p) {
+  const __m128i codes = _mm_cvtepu8_epi16(LoadBytes(p)), magnitude = _mm_and_si128(codes, _mm_set1_epi16(0x7f));
+  const __m128i sign = _mm_slli_epi16(_mm_and_si128(codes, _mm_set1_epi16(0x80)), 8);
+  const __m128i nan = _mm_and_si128(_mm_cmpeq_epi16(magnitude, _mm_set1_epi16(0x7f)), _mm_set1_epi16(0x7e00));
+  const __m128i half = _mm_or_si128(_mm_or_si128(sign, nan), _mm_slli_epi16(magnitude, 7));
+  return _mm256_mul_ps(_mm256_cvtph_ps(half), _mm256_set1_ps(256.0f));
+}
+JAXQ_INLINE F FromE8m0(const uint8_t* p) {
+  const __m256i codes = _mm256_cvtepu8_epi32(LoadBytes(p)), bits = _mm256_slli_epi32(codes, 23);
+  const __m256i zero = _mm256_and_si256(_mm256_cmpeq_epi32(codes, _mm256_setzero_si256()), _mm256_set1_epi32(0x400000));
+  const __m256i nan = _mm256_cmpeq_epi32(codes, _mm256_set1_epi32(255));
+  const __m256i quiet = _mm256_and_si256(nan, _mm256_set1_epi32(0x7fc00000));
+  return _mm256_castsi256_ps(_mm256_or_si256(_mm256_or_si256(bits, zero), quiet));
+}
 JAXQ_INLINE void ToU8(uint8_t* p, F v) {
   const __m256i words = _mm256_cvtps_epi32(v);
   const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
@@ -86,6 +101,8 @@ JAXQ_INLINE void Transpose(F r[8]) {
 }
 
 #include "x86-inl.h"
+
+#include "bmi2-inl.h"
 
 }  // namespace
 }  // namespace jaxq::cpu::avx2

@@ -29,7 +29,7 @@ void DequantizeGroups(const Weight& weight, const DequantizeArgs& args, int64_t 
     for (int64_t j = 0; j < groups; ++j) {
       const F scale = Set1(scales[j]), bias = Set1(biases[j]);
       for (int64_t i = j * g; i < (j + 1) * g; i += kLanes)
-        Store(out + i, Add(Mul(Values<kKind>(weight, codes + i), scale), bias));
+        Store(out + i, Add(Mul(Values<kKind>(codes + i), scale), bias));
     }
     if (out == values) FromFloats(args.out_dtype, values, count, args.out, at);
   }

@@ -34,7 +34,7 @@ void TransposedColumns(const Weight& weight, int64_t n0, int64_t first, int64_t 
   for (int64_t k = 0; k < steps; k += kLanes) {
     F block[kLanes];
     for (int64_t r = 0; r < kLanes; ++r) {
-      block[r] = r < rows ? Fma(Values<kKind>(weight, s->codes[r] + k), Set1(s->scales[r][k / g]),
+      block[r] = r < rows ? Fma(Values<kKind>(s->codes[r] + k), Set1(s->scales[r][k / g]),
                                 Set1(s->biases[r][k / g]))
                           : Zero();
     }
@@ -67,7 +67,7 @@ void PlainPanel(const Weight& weight, int64_t first, int64_t columns, int64_t l0
     for (int64_t j = 0; j < RoundUp(columns, kTileColumns); j += kLanes) {
       float* out = s->panel + (j / kTileColumns * steps + l) * kTileColumns + j % kTileColumns;
       if (j < columns)
-        Store(out, Fma(Values<kKind>(weight, s->codes[0] + j), Set1(s->scales[0][j / g]), Set1(s->biases[0][j / g])));
+        Store(out, Fma(Values<kKind>(s->codes[0] + j), Set1(s->scales[0][j / g]), Set1(s->biases[0][j / g])));
       else
         Store(out, Zero());
     }
@@ -78,17 +78,24 @@ void PlainPanel(const Weight& weight, int64_t first, int64_t columns, int64_t l0
 template <int kRows>
 JAXQ_INLINE void MultiplyTile(const float* x, const float* panel, int64_t steps, float* sums) {
   F acc[kRows][kTileVectors];
+  JAXQ_UNROLL
   for (int r = 0; r < kRows; ++r)
+    JAXQ_UNROLL
     for (int v = 0; v < kTileVectors; ++v) acc[r][v] = Load(sums + r * kPanelColumns + v * kLanes);
   for (int64_t l = 0; l < steps; ++l, x += kRows, panel += kTileColumns) {
     F w[kTileVectors];
+    JAXQ_UNROLL
     for (int v = 0; v < kTileVectors; ++v) w[v] = Load(panel + v * kLanes);
+    JAXQ_UNROLL
     for (int r = 0; r < kRows; ++r) {
       const F xr = Set1(x[r]);
+      JAXQ_UNROLL
       for (int v = 0; v < kTileVectors; ++v) acc[r][v] = Fma(xr, w[v], acc[r][v]);
     }
   }
+  JAXQ_UNROLL
   for (int r = 0; r < kRows; ++r)
+    JAXQ_UNROLL
     for (int v = 0; v < kTileVectors; ++v) Store(sums + r * kPanelColumns + v * kLanes, acc[r][v]);
 }
 

@@ -21,6 +21,13 @@
 // Never emitted as a function of its own, which the linker could share between files of different flags.
 #define JAXQ_INLINE inline __attribute__((always_inline))
 
+// Before a loop of constant length whose body must be written out, so that an array of vectors stays in registers.
+#if defined(__clang__)
+#define JAXQ_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define JAXQ_UNROLL _Pragma("GCC unroll 32")
+#endif
+
 namespace jaxq::cpu {
 
 enum class DType : uint8_t { kF32, kF16, kBF16, kU8 };

@@ -44,35 +44,46 @@ void DotBlock(const MatmulArgs& args, const Weight& weight, int64_t n, int64_t r
   const int64_t g = weight.format.group_size, per_block = kDotBlock / g, groups = weight.groups, K = weight.length;
   float scales[kDotRows][kDotBlock / 16];
   F totals[kDotRows][kM];
+  JAXQ_UNROLL
   for (auto& row : totals)
+    JAXQ_UNROLL
     for (F& total : row) total = Zero();
   for (int64_t group = 0; group < groups; group += per_block) {
     const int64_t count = Least(per_block, groups - group);
+    JAXQ_UNROLL
     for (int64_t r = 0; r < kDotRows; ++r) {
       const int64_t row = n + Least(r, rows - 1);
       weight.Codes(row, group * g, count * g, scratch->codes[r]);
       weight.Scales(row, group, count, scales[r]);
       if (!weight.format.affine()) continue;
       weight.Biases(row, group, count, scratch->biases);
+      JAXQ_UNROLL
       for (int m = 0; m < kM; ++m)
         totals[r][m] = DotGroups(scratch->biases, xsum + m * groups + group, count, totals[r][m]);
     }
     for (int64_t j = 0; j < count; ++j) {
       F sums[kDotRows][kM];
+      JAXQ_UNROLL
       for (auto& row : sums)
+        JAXQ_UNROLL
         for (F& sum : row) sum = Zero();
       const float* xg = x + (group + j) * g;
       for (int64_t i = 0; i < g; i += kLanes) {
+        JAXQ_UNROLL
         for (int64_t r = 0; r < kDotRows; ++r) {
-          const F values = Values<kKind>(weight, scratch->codes[r] + j * g + i);
+          const F values = Values<kKind>(scratch->codes[r] + j * g + i);
+          JAXQ_UNROLL
           for (int m = 0; m < kM; ++m) sums[r][m] = Fma(values, Load(xg + m * K + i), sums[r][m]);
         }
       }
+      JAXQ_UNROLL
       for (int64_t r = 0; r < kDotRows; ++r)
+        JAXQ_UNROLL
         for (int m = 0; m < kM; ++m) totals[r][m] = Fma(sums[r][m], Set1(scales[r][j]), totals[r][m]);
     }
   }
   for (int64_t r = 0; r < rows; ++r)
+    JAXQ_UNROLL
     for (int m = 0; m < kM; ++m) StoreAs(args.x_dtype, args.y, (m0 + m) * args.N + n + r, Sum(totals[r][m]));
 }
 
@@ -136,16 +147,22 @@ template <Kind kKind, int kM, int kVectors>
 JAXQ_INLINE void SumStripe(const Weight& weight, int64_t rows, int64_t at, ColumnScratch* s) {
   const int64_t g = weight.format.group_size;
   F sums[kM][kVectors];
+  JAXQ_UNROLL
   for (auto& row : sums)
+    JAXQ_UNROLL
     for (F& sum : row) sum = Zero();
   for (int64_t r = 0; r < rows; ++r) {
+    JAXQ_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       const int64_t i = at + v * kLanes;
-      const F values = Values<kKind>(weight, s->codes[r] + i);
+      const F values = Values<kKind>(s->codes[r] + i);
+      JAXQ_UNROLL
       for (int m = 0; m < kM; ++m) sums[m][v] = Fma(values, Set1(s->scaled[r][m][i / g]), sums[m][v]);
     }
   }
+  JAXQ_UNROLL
   for (int m = 0; m < kM; ++m)
+    JAXQ_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       float* total = s->totals[m] + at + v * kLanes;
       Store(total, Add(Load(total), sums[m][v]));
@@ -166,6 +183,7 @@ void SumColumns(const MatmulArgs& args, const Weight& weight, int64_t first, int
       weight.Codes(n + r, first, count, s->codes[r]);
       weight.Scales(n + r, first / g, groups, scales);
       weight.Biases(n + r, first / g, groups, biases);
+      JAXQ_UNROLL
       for (int m = 0; m < kM; ++m) {
         const float xm = x[m * args.N + n + r];
         for (int64_t j = 0; j < groups; ++j) {
@@ -178,6 +196,7 @@ void SumColumns(const MatmulArgs& args, const Weight& weight, int64_t first, int
     for (; at + kStripe * kLanes <= count; at += kStripe * kLanes) SumStripe<kKind, kM, kStripe>(weight, rows, at, s);
     for (; at < count; at += kLanes) SumStripe<kKind, kM, 1>(weight, rows, at, s);
   }
+  JAXQ_UNROLL
   for (int m = 0; m < kM; ++m) {
     for (int64_t i = 0; i < count; ++i) s->totals[m][i] += s->biased[m][i / g];
     FromFloats(args.x_dtype, s->totals[m], count, args.y, m * args.K + first);

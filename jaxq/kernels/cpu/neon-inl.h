@@ -41,6 +41,14 @@ JAXQ_INLINE F FromS8(const int8_t* p) {
   const int8x8_t bytes = vreinterpret_s8_u32(vdup_n_u32(FourBytes(p)));
   return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(bytes))));
 }
+JAXQ_INLINE F FromE4m3(const uint8_t* p) {
+  const float values[4] = {FloatOfE4m3(p[0]), FloatOfE4m3(p[1]), FloatOfE4m3(p[2]), FloatOfE4m3(p[3])};
+  return vld1q_f32(values);
+}
+JAXQ_INLINE F FromE8m0(const uint8_t* p) {
+  const float values[4] = {FloatOfE8m0(p[0]), FloatOfE8m0(p[1]), FloatOfE8m0(p[2]), FloatOfE8m0(p[3])};
+  return vld1q_f32(values);
+}
 JAXQ_INLINE void ToU8(uint8_t* p, F v) {
   const uint16x4_t halves = vmovn_u32(vcvtq_u32_f32(v));
   const uint32_t word = vget_lane_u32(vreinterpret_u32_u8(vmovn_u16(vcombine_u16(halves, halves))), 0);

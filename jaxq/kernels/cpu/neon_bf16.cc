@@ -39,8 +39,8 @@ struct Block {
 
   // 4 codes as bfloat16, which holds them: what is cut off is zeros.
   template <Kind kKind>
-  JAXQ_INLINE static uint16x4_t Halves(const Weight& weight, const uint8_t* codes, F centre) {
-    return vshrn_n_u32(vreinterpretq_u32_f32(Sub(Values<kKind>(weight, codes), centre)), 16);
+  JAXQ_INLINE static uint16x4_t Halves(const uint8_t* codes, F centre) {
+    return vshrn_n_u32(vreinterpretq_u32_f32(Sub(Values<kKind>(codes), centre)), 16);
   }
   static void FillPair(const Weight& weight, const uint8_t* codes0, const uint8_t* codes1, int64_t depth,
                        uint8_t* out) {
@@ -48,8 +48,8 @@ struct Block {
     WithKind(weight.kind, [&](auto kind) {
       constexpr Kind kKind = decltype(kind)::value;
       for (int64_t k = 0; k < depth; k += 4, out += 64)
-        vst1q_u8(out, vreinterpretq_u8_u16(vcombine_u16(Halves<kKind>(weight, codes0 + k, centre),
-                                                        Halves<kKind>(weight, codes1 + k, centre))));
+        vst1q_u8(out, vreinterpretq_u8_u16(vcombine_u16(Halves<kKind>(codes0 + k, centre),
+                                                        Halves<kKind>(codes1 + k, centre))));
     });
   }
 

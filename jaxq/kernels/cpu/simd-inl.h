@@ -7,6 +7,7 @@
 //   Zero() Set1(f) Load(p) Store(p, v)
 //   LoadF16(p) LoadBf16(p) StoreF16(p, v) StoreBf16(p, v)   uint16_t in memory, rounded to nearest even
 //   FromU8(p) FromS8(p)           kLanes bytes as floats
+//   FromE4m3(p) FromE8m0(p)       kLanes bytes in those formats as floats, NaNs included
 //   ToU8(p, v)                    kLanes floats, whole numbers in [0, 255], as bytes
 //   Add Sub Mul Div Min Max Abs Round (to nearest even)   Fma(a, b, c) = a*b + c, rounded once
 //   Sum(v) MinOf(v) MaxOf(v)      over the lanes
@@ -111,7 +112,6 @@ struct Weight {
   const void* scales;
   const void* biases;
   DType scale_dtype;
-  float e4m3[256];  // the values of the codes, in mode mxfp8 only
 
   template <typename Args>
   Weight(const Args& args, int64_t rows_, int64_t length_)
@@ -124,10 +124,7 @@ struct Weight {
         packed(args.packed),
         scales(args.scales),
         biases(args.biases),
-        scale_dtype(args.scale_dtype) {
-    if (kind == Kind::kE4m3)
-      for (uint32_t code = 0; code < 256; ++code) e4m3[code] = FloatOfE4m3(code);
-  }
+        scale_dtype(args.scale_dtype) {}
 
   // Codes first .. first+count of one row, a byte each; both are multiples of 8. dst has room for 64 bytes more.
   void Codes(int64_t row, int64_t first, int64_t count, uint8_t* dst) const {
@@ -142,8 +139,11 @@ struct Weight {
     if (format.affine()) return ToFloats(scale_dtype, scales, at, count, out);
     const uint8_t* bytes = static_cast<const uint8_t*>(scales) + at;
     const float half = kind == Kind::kTwiceE2m1 ? 0.5f : 1.0f;
-    for (int64_t i = 0; i < count; ++i)
-      out[i] = half * (format.mode == Mode::kNvfp4 ? FloatOfE4m3(bytes[i]) : FloatOfE8m0(bytes[i]));
+    const bool e4m3 = format.mode == Mode::kNvfp4;
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes)
+      Store(out + i, Mul(Set1(half), e4m3 ? FromE4m3(bytes + i) : FromE8m0(bytes + i)));
+    for (; i < count; ++i) out[i] = half * (e4m3 ? FloatOfE4m3(bytes[i]) : FloatOfE8m0(bytes[i]));
   }
   void Biases(int64_t row, int64_t first, int64_t count, float* out) const {
     if (format.affine()) return ToFloats(scale_dtype, biases, row * groups + first, count, out);
@@ -152,12 +152,10 @@ struct Weight {
 };
 
 template <Kind kKind>
-JAXQ_INLINE F Values(const Weight& weight, const uint8_t* codes) {
+JAXQ_INLINE F Values(const uint8_t* codes) {
   if constexpr (kKind == Kind::kUnsigned) return FromU8(codes);
   if constexpr (kKind == Kind::kTwiceE2m1) return FromS8(reinterpret_cast<const int8_t*>(codes));
-  float values[kLanes];
-  for (int i = 0; i < kLanes; ++i) values[i] = weight.e4m3[codes[i]];
-  return Load(values);
+  return FromE4m3(codes);
 }
 
 // Calls body with the kind as a compile-time constant.

@@ -1,0 +1,243 @@
+"""Times of the CPU kernels beside other libraries', as ratios of medians from the same interleaved run.
+
+    python benchmarks/cpu.py                                  # everything that is installed: about 10 minutes
+    python benchmarks/cpu.py --cases matmul --shapes 0 --rows 1 8 --json out.json --plot out.png
+
+Peers are optional: onnxruntime (MatMulNBits at accuracy level 0, float32, and 4, which rounds activations to int8),
+openvino, torch (int4 and dense), JAX's dense product, mlx. A peer that is missing is left out and named at the end.
+The functions of a case take turns, a few calls each after a first one that is dropped; medians are over all turns.
+Run it on an otherwise idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peers as peer_library
+
+import jaxq
+
+SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]  # w[N, K]
+ROWS = [1, 4, 8, 16, 64, 128, 512]
+OURS = "jaxq"
+
+
+def interleave(functions: dict[str, Callable[[], object]], rounds: int, budget: float = 0.02) -> dict[str, float]:
+    """The median seconds of each function, over `rounds` turns of at least 3 calls or `budget` seconds."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            time.sleep(0.002)  # the last one's threads stop spinning
+            function()
+            start, taken = time.perf_counter(), 0
+            while taken < 3 or time.perf_counter() - start < budget:
+                before = time.perf_counter()
+                function()
+                times[name].append(time.perf_counter() - before)
+                taken += 1
+                if time.perf_counter() - start > 20 * budget:
+                    break
+    return {name: float(np.median(values)) for name, values in times.items()}
+
+
+def machine_limits(threads: int) -> dict[str, float]:
+    """Bytes read and float32 operations per second at most, from limits.cc; empty without a compiler."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        return {}
+    source = pathlib.Path(__file__).parent / "limits.cc"
+    with tempfile.TemporaryDirectory() as directory:
+        program = str(pathlib.Path(directory) / "limits")
+        flags = ["-O3", "-march=native", "-std=c++17", "-pthread"]
+        subprocess.run([compiler, *flags, str(source), "-o", program], check=True)
+
+        def measure(mebibytes: int) -> list[float]:
+            output = subprocess.run([program, str(threads), str(mebibytes)], check=True, capture_output=True, text=True)
+            return [float(word) for word in output.stdout.split()]
+
+        memory, flops = measure(512)
+        cache, _ = measure(8)
+    return {"memory_bytes_per_s": memory, "cache_bytes_per_s": cache, "float32_flops_per_s": flops}
+
+
+def call(function: Callable, *operands: object) -> Callable[[], object]:
+    """`function` compiled for these operands, as a call that waits for its result."""
+    compiled = jax.jit(function).lower(*operands).compile()
+    return lambda: compiled(*operands).block_until_ready()
+
+
+def ours(x: jax.Array, qw: jaxq.QuantizedArray, implementation: str | None, transpose: bool = True):
+    return call(lambda x, qw: jaxq.quantized_matmul(x, qw, transpose=transpose, implementation=implementation), x, qw)
+
+
+def random_weight(rng: np.random.Generator, n: int, k: int, dtype, **spec) -> jaxq.QuantizedArray:
+    return jaxq.quantize(jnp.asarray(rng.standard_normal((n, k)), dtype), **spec)
+
+
+def matmul_cases(args) -> list[dict]:
+    """int4 in groups of 64 against the peers, by shape, dtype and rows of x."""
+    rng, found = np.random.default_rng(0), []
+    for n, k in [SHAPES[i] for i in args.shapes]:
+        for dtype in args.dtypes:
+            qw = random_weight(rng, n, k, dtype, bits=4, group_size=64)
+            rivals = peer_library.Peers(qw, dtype, args.peers)
+            for m in args.rows:
+                x = jnp.asarray(rng.standard_normal((m, k)), dtype)
+                functions = {OURS: ours(x, qw, args.implementation)} | rivals.functions(x)
+                seconds = interleave(functions, args.rounds)
+                read = qw.nbytes + x.nbytes
+                found.append(report(f"{dtype} {n}x{k} M={m}", seconds, read=read, flops=2 * m * n * k))
+    return found
+
+
+def format_cases(args) -> list[dict]:
+    """One row of x by other formats: the time should be in proportion to the bytes read."""
+    rng, found = np.random.default_rng(0), []
+    specs = [
+        dict(bits=b, group_size=g) for b, g in ((4, 64), (2, 64), (3, 64), (8, 64), (4, 32), (4, 128), (5, 64), (6, 64))
+    ]
+    specs += [dict(mode=mode) for mode in ("mxfp4", "mxfp8", "nvfp4")]
+    n, k = SHAPES[0]
+    for dtype in args.dtypes:
+        x = jnp.asarray(rng.standard_normal((1, k)), dtype)
+        weights = {str(jaxq.QuantSpec(**spec)): random_weight(rng, n, k, dtype, **spec) for spec in specs}
+        seconds = interleave({name: ours(x, qw, args.implementation) for name, qw in weights.items()}, args.rounds)
+        base = seconds["int4g64"] / weights["int4g64"].nbytes
+        for name, qw in weights.items():
+            ratio = seconds[name] / qw.nbytes / base
+            print(f"{dtype} M=1 {name:8s} {seconds[name] * 1e6:8.1f} us  per byte, over int4g64's: {ratio:.2f}")
+            found.append({"case": f"{dtype} M=1 {name}", "seconds": {OURS: seconds[name]}, "per_byte": ratio})
+    return found
+
+
+def backward_cases(args) -> list[dict]:
+    """transpose=False over transpose=True."""
+    rng, found = np.random.default_rng(0), []
+    n, k = SHAPES[0]
+    for dtype in args.dtypes:
+        qw = random_weight(rng, n, k, dtype, bits=4, group_size=64)
+        for m in (1, 8, 128):
+            x, g = (jnp.asarray(rng.standard_normal((m, size)), dtype) for size in (k, n))
+            functions = {"forward": ours(x, qw, args.implementation), OURS: ours(g, qw, args.implementation, False)}
+            found.append(report(f"{dtype} transpose=False M={m}", interleave(functions, args.rounds)))
+    return found
+
+
+def conversion_cases(args) -> list[dict]:
+    """quantize and dequantize: bytes read and written per second, over those of a copy."""
+    rng, found = np.random.default_rng(0), []
+    n, k = SHAPES[0]
+    for dtype in args.dtypes:
+        w = jnp.asarray(rng.standard_normal((n, k)), dtype)
+        qw = jaxq.quantize(w, bits=4, group_size=64)
+        functions = {
+            "copy": call(lambda w: w.copy(), w),
+            "quantize": call(
+                lambda w: jaxq.quantize(w, bits=4, group_size=64, implementation=args.implementation).packed, w
+            ),
+            "dequantize": call(lambda qw: jaxq.dequantize(qw, implementation=args.implementation), qw),
+        }
+        seconds = interleave(functions, args.rounds)
+        copied = 2 * w.nbytes / seconds["copy"]
+        for name in ("quantize", "dequantize"):
+            share = (w.nbytes + qw.nbytes) / seconds[name] / copied
+            print(f"{dtype} {name:10s} {seconds[name] * 1e3:6.2f} ms: {share:.2f} of a copy's {copied / 1e9:.1f} GB/s")
+            found.append({"case": f"{dtype} {name}", "seconds": {OURS: seconds[name]}, "of_copy": share})
+    return found
+
+
+def overhead_cases(args) -> list[dict]:
+    """A 64x256 weight and one row of x beside a custom call that does nothing."""
+    rng = np.random.default_rng(0)
+    qw = random_weight(rng, 64, 256, "float32", bits=4, group_size=64)
+    x = jnp.asarray(rng.standard_normal((1, 256)), jnp.float32)
+    empty = call(lambda x: jax.ffi.ffi_call("jaxq_empty_cpu", jax.ShapeDtypeStruct(x.shape, x.dtype))(x), x)
+    seconds = interleave({"empty call": empty, OURS: ours(x, qw, args.implementation)}, 4 * args.rounds)
+    extra, base = seconds[OURS] - seconds["empty call"], seconds["empty call"]
+    print(f"overhead: {extra * 1e6:.1f} us over an empty call's {base * 1e6:.1f}")
+    return [{"case": "overhead 64x256 M=1", "seconds": seconds}]
+
+
+def report(case: str, seconds: dict[str, float], read: int = 0, flops: int = 0) -> dict:
+    mine = seconds[OURS]
+    rates = f" {read / mine / 1e9:5.1f} GB/s {flops / mine / 1e9:6.0f} GFLOP/s" if read else ""
+    ratios = "  ".join(f"{name} {s * 1e3:.2f} [{mine / s:.2f}]" for name, s in seconds.items() if name != OURS)
+    print(f"{case:28s} {mine * 1e3:8.3f} ms{rates}  {ratios}", flush=True)
+    return {
+        "case": case,
+        "seconds": seconds,
+        "bytes_per_s": read / mine,
+        "flops_per_s": flops / mine,
+        "ratios": {name: mine / s for name, s in seconds.items() if name != OURS},
+    }
+
+
+def plot(results: list[dict], path: pathlib.Path) -> None:
+    """The ratios to each peer by case, on a logarithmic axis; below 1 is faster than the peer."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [r for r in results if r.get("ratios")]
+    names = sorted({name for row in rows for name in row["ratios"]})
+    figure, axes = plt.subplots(figsize=(9, 1 + 0.28 * len(rows)), layout="constrained")
+    for name in names:
+        points = [(row["ratios"][name], i) for i, row in enumerate(rows) if name in row["ratios"]]
+        axes.plot(*zip(*points, strict=True), "o", label=name)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(rows)), [row["case"] for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("jaxq's time over the peer's")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+CASES = {
+    "matmul": matmul_cases,
+    "formats": format_cases,
+    "backward": backward_cases,
+    "conversion": conversion_cases,
+    "overhead": overhead_cases,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--shapes", nargs="+", type=int, default=[0, 1, 2], help=f"indices into {SHAPES}")
+    parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--peers", nargs="*", default=list(peer_library.ALL), help="which peers; none for ours alone")
+    parser.add_argument("--implementation", help="for example cpu:avx2")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("--plot", type=pathlib.Path)
+    args = parser.parse_args()
+    threads = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+    limits = machine_limits(threads)
+    print("limits:", ", ".join(f"{name} {value / 1e9:.1f}e9" for name, value in limits.items()))
+    results = [row for name in args.cases for row in CASES[name](args)]
+    for name, reason in peer_library.MISSING.items():
+        print(f"left out: {name}: {reason}")
+    if args.json:
+        args.json.write_text(json.dumps({"threads": threads, "limits": limits, "results": results}, indent=1))
+    if args.plot:
+        plot(results, args.plot)
+
+
+if __name__ == "__main__":
+    main()
