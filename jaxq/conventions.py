@@ -20,8 +20,9 @@ Choice = QuantSpec | tuple[QuantSpec, Axis] | None
 Rule = tuple[str, QuantSpec | None] | tuple[str, QuantSpec | None, Axis]
 Rules = QuantSpec | Iterable[Rule] | Callable[[str, Any], Choice]
 
-# (path, leaf) -> the axis to group, and why the leaf is better left alone; "" if it is a weight.
-Convention = Callable[[str, Any], tuple[Axis, str]]
+# (path, leaf) -> the axis to group, and why the leaf is better left alone; "" if it is a weight. An axis of None:
+# no rule may ask for it either.
+Convention = Callable[[str, Any], tuple[Axis | None, str]]
 
 # Below this many weights a matrix costs more in accuracy than the kilobyte or two that it would save.
 SMALL = 1024
@@ -110,7 +111,7 @@ def _decide(path: str, leaf: Any, rules: Rules, convention: Convention) -> Decis
     axis, reason = convention(path, leaf)
     if not explicit and not reason and math.prod(leaf.shape) < SMALL:
         reason = f"small, {math.prod(leaf.shape)} weights"
-    if reason and not explicit:
+    if axis is None or (reason and not explicit):
         return Decision(reason=reason)
     return _fit(leaf, spec, axis if given is None else given)
 
