@@ -266,7 +266,7 @@ class QuantizedArray(metaclass=_Helpful):
     @property
     def __jax_array__(self) -> Callable[[], jax.Array]:
         # JAX calls this before it tries __rmatmul__, so it must be absent unless jaxq.dispatch stages the function.
-        convert = None if _placeholder is None else _placeholder(self)
+        convert = _convert(self)
         if convert is None:
             raise AttributeError("__jax_array__")
         return convert
@@ -274,12 +274,33 @@ class QuantizedArray(metaclass=_Helpful):
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NoReturn:
         raise TypeError(f"QuantizedArray: no implicit conversion to a dense array; {_HELP}")
 
-    def _no_arithmetic(self, *_: Any) -> NoReturn:
-        raise TypeError(f"QuantizedArray: only matrix products are defined on quantized weights; {_HELP}")
+    def __getattr__(self, name: str) -> Any:
+        # Called where nothing of that name is defined here: a method of arrays, while jaxq.dispatch traces.
+        convert = None if name.startswith("__") else _convert(self)
+        if convert is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}; {_HELP}")
+        return getattr(convert(), name)
 
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _no_arithmetic
-    __pow__ = __rpow__ = __mod__ = __rmod__ = __floordiv__ = __rfloordiv__ = _no_arithmetic
-    __lt__ = __le__ = __gt__ = __ge__ = __neg__ = __pos__ = __abs__ = __float__ = __int__ = _no_arithmetic
+
+def _convert(qw: QuantizedArray) -> Callable[[], jax.Array] | None:
+    return None if _placeholder is None else _placeholder(qw)
+
+
+def _arithmetic(name: str) -> Callable[..., Any]:
+    def operator(self: QuantizedArray, *operands: Any) -> Any:
+        convert = _convert(self)
+        if convert is None:
+            raise TypeError(f"QuantizedArray: only matrix products are defined on quantized weights; {_HELP}")
+        return getattr(convert(), name)(*operands)
+
+    return operator
+
+
+for _name in ("add", "sub", "mul", "truediv", "pow", "mod", "floordiv"):
+    setattr(QuantizedArray, f"__{_name}__", _arithmetic(f"__{_name}__"))
+    setattr(QuantizedArray, f"__r{_name}__", _arithmetic(f"__r{_name}__"))
+for _name in ("lt", "le", "gt", "ge", "neg", "pos", "abs", "float", "int"):
+    setattr(QuantizedArray, f"__{_name}__", _arithmetic(f"__{_name}__"))
 
 
 def is_quantized(x: Any) -> bool:

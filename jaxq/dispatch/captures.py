@@ -7,7 +7,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.tree_util import keystr
@@ -35,10 +35,18 @@ def open_function(f: Any) -> tuple[Any, Run]:
     if isinstance(f, types.MethodType) and _holds_weight(f.__self__):
         return f.__self__, lambda captured, args, kwargs: f.__func__(captured, *args, **kwargs)
     if isinstance(f, types.FunctionType):
-        cells, variables = _closure(f), _globals(f)
-        if cells or variables:
-            return {**variables, **cells}, lambda captured, args, kwargs: _copy(f, captured, cells)(*args, **kwargs)
+        held = _Held(_closure(f), _defaults(f), _globals(f))
+        if any(held):
+            return held, lambda captured, args, kwargs: _copy(f, captured)(*args, **kwargs)
     return None, lambda captured, args, kwargs: f(*args, **kwargs)
+
+
+class _Held(NamedTuple):
+    """The variables of a function that hold weights, by name."""
+
+    closure: dict[str, Any]
+    defaults: dict[str, Any]
+    globals: dict[str, Any]
 
 
 def _closure(f: types.FunctionType) -> dict[str, Any]:
@@ -51,6 +59,13 @@ def _closure(f: types.FunctionType) -> dict[str, Any]:
         if _holds_weight(value):
             found[name] = value
     return found
+
+
+def _defaults(f: types.FunctionType) -> dict[str, Any]:
+    defaults = f.__defaults__ or ()
+    names = f.__code__.co_varnames[: f.__code__.co_argcount][f.__code__.co_argcount - len(defaults) :]
+    values = {**dict(zip(names, defaults, strict=True)), **(f.__kwdefaults__ or {})}
+    return {name: value for name, value in values.items() if _holds_weight(value)}
 
 
 def _globals(f: types.FunctionType) -> dict[str, Any]:
@@ -77,16 +92,20 @@ def _holds_weight(value: Any) -> bool:
     return any(map(is_quantized, jax.tree.leaves(value, is_leaf=is_quantized)))
 
 
-def _copy(f: types.FunctionType, captured: dict[str, Any], cells: dict[str, Any]) -> types.FunctionType:
+def _copy(f: types.FunctionType, held: _Held) -> types.FunctionType:
     """The function with other values in those variables; the other cells of its closure are shared with it."""
+    code = f.__code__
     closure = tuple(
-        types.CellType(captured[name]) if name in cells else cell
-        for name, cell in zip(f.__code__.co_freevars, f.__closure__ or (), strict=True)
+        types.CellType(held.closure[name]) if name in held.closure else cell
+        for name, cell in zip(code.co_freevars, f.__closure__ or (), strict=True)
     )
-    variables = {name: value for name, value in captured.items() if name not in cells}
-    scope = {**f.__globals__, **variables} if variables else f.__globals__
-    copy = types.FunctionType(f.__code__, scope, f.__name__, f.__defaults__, closure or None)
-    copy.__kwdefaults__ = f.__kwdefaults__
+    defaults = f.__defaults__ or ()
+    names = code.co_varnames[: code.co_argcount][code.co_argcount - len(defaults) :]
+    defaults = tuple(held.defaults.get(name, value) for name, value in zip(names, defaults, strict=True))
+    scope = {**f.__globals__, **held.globals} if held.globals else f.__globals__
+    copy = types.FunctionType(code, scope, f.__name__, defaults or None, closure or None)
+    keywords = f.__kwdefaults__
+    copy.__kwdefaults__ = keywords and {name: held.defaults.get(name, value) for name, value in keywords.items()}
     return copy
 
 
@@ -99,8 +118,9 @@ def names(f: Any, parts: tuple[Any, tuple[Any, ...], dict[str, Any]], is_leaf: C
         positional = []
     plain = [p.name for p in positional if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     own = getattr(f, "__name__", type(f).__name__)
-    # Variables in the order in which JAX flattens a dict.
-    roots = sorted((captured or {}).items()) if isinstance(f, types.FunctionType) else [(own, captured)]
+    # Variables in the order in which JAX flattens dicts.
+    held = isinstance(captured, _Held)
+    roots = [item for part in captured for item in sorted(part.items())] if held else [(own, captured)]
     roots += [(plain[i] if i < len(plain) else f"args[{i}]", arg) for i, arg in enumerate(args)]
     roots += sorted(kwargs.items())
     return [

@@ -32,6 +32,12 @@ class Unfused(NamedTuple):
     reason: str
 
 
+# The scope under which a captured weight is traced says its name.
+NAME_SCOPE = "jaxq.weight="
+
+# The name of what the code dequantizes itself: it may become dense without a word.
+EXPLICIT = ""
+
 # For weights that `jaxq.resident` made.
 HELD = "its data is held outside JAX and can't be cut or rearranged"
 
@@ -58,7 +64,8 @@ class Policy:
         Raises:
           ValueError: where the fallback is "error".
         """
-        if self.fallback == "dequantize":
+        views = [view for view in views if view.form.name != EXPLICIT]
+        if self.fallback == "dequantize" or not views:
             return
         weights = " and ".join(_describe(view) for view in views)
         where, file, line = _user_line(eqn)

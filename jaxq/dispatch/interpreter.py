@@ -10,7 +10,7 @@ import jax
 from jax.extend.core import Literal, Primitive
 
 from jaxq import _compat
-from jaxq.dispatch.fallback import Policy, Unfused
+from jaxq.dispatch.fallback import EXPLICIT, NAME_SCOPE, Policy, Unfused
 from jaxq.dispatch.views import Form, View, dense, flatten, is_view, unflatten
 from jaxq.primitives import common
 from jaxq.primitives.dequantize import dequantize_p
@@ -68,7 +68,7 @@ def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], policy: Pol
 def _evaluate_equation(eqn: Any, values: list[Any], policy: Policy) -> Sequence[Any]:
     primitive = eqn.primitive
     if primitive is dequantize_p:
-        return [_dequantized(eqn, values)]
+        return [_dequantized(eqn, values, policy)]
     quantized = any(type(value) is View for value in values)
     function = RULES.get(primitive) or NAMED.get(primitive.name)
     if not quantized and (function not in NESTED or not any(map(holds_weights, nested_jaxprs(eqn.params)))):
@@ -81,15 +81,12 @@ def _evaluate_equation(eqn: Any, values: list[Any], policy: Policy) -> Sequence[
     return _compat.rebind(eqn, [dense(value) for value in values])
 
 
-def _dequantized(eqn: Any, leaves: list[Any]) -> View:
-    """The view that an equation `dequantize` makes: a weight from a closure, or one that the user dequantized."""
-    scope = str(eqn.source_info.name_stack)
-    name = scope.rpartition(NAME_SCOPE)[2].partition("/")[0].rstrip(")") if NAME_SCOPE in scope else None
+def _dequantized(eqn: Any, leaves: list[Any], policy: Policy) -> View:
+    """The view that an equation `dequantize` makes: a weight from a closure, or what the code dequantizes itself."""
+    name = EXPLICIT
+    if policy.names_weights and NAME_SCOPE in (scope := str(eqn.source_info.name_stack)):
+        name = scope.rpartition(NAME_SCOPE)[2].partition("/")[0].rstrip(")") or None
     return View(leaves, Form(eqn.params["spec"], tuple(range(leaves[0].ndim)), eqn.params["dtype"], None, name))
-
-
-# The scope under which a captured weight is traced says its name.
-NAME_SCOPE = "jaxq.weight="
 
 
 # ---- nested jaxprs

@@ -12,8 +12,7 @@ import jax
 import numpy as np
 
 from jaxq.array import QuantizedArray, from_storage, set_placeholder
-from jaxq.dispatch.fallback import is_user_file
-from jaxq.dispatch.interpreter import NAME_SCOPE
+from jaxq.dispatch.fallback import NAME_SCOPE, is_user_file
 from jaxq.primitives.dequantize import bind_dequantize
 
 
@@ -54,8 +53,8 @@ def _placeholder(qw: QuantizedArray) -> Callable[[], jax.Array] | None:
 
 def _trace(qw: QuantizedArray, settings: _Settings) -> jax.Array:
     dtype = qw.float_dtype if settings.dtype is None else settings.dtype
-    name = _variable(qw) if settings.named else None
-    with jax.named_scope(NAME_SCOPE + name) if name else contextlib.nullcontext():
+    scope = jax.named_scope(NAME_SCOPE + (_variable(qw) or "")) if settings.named else contextlib.nullcontext()
+    with scope:
         return from_storage(bind_dequantize(*qw.leaves, spec=qw.spec, dtype=dtype), qw.axis)
 
 

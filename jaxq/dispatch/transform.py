@@ -25,15 +25,16 @@ def dispatch(f: F, *, dtype: Any = None, fallback: Fallback = "dequantize") -> F
     """Make the dots in `f` that meet a quantized weight run as quantized products; no call site changes.
 
     Inside `f` each `QuantizedArray` among its arguments is a float array of the weight's logical shape, a tracer: all
-    of JAX works on it. `f` is traced so, and what it did is evaluated with the quantized weights: a dot becomes
-    `quantized_matmul`, a look-up of rows dequantizes those rows, transposes, reshapes, slices, stacks and casts act on
-    the packed data, and `jit`, `scan`, `while`, `cond`, `checkpoint`, `custom_jvp`, `custom_vjp` and `shard_map` are
-    gone into. Where there is no rule, the weight becomes dense there, and `fallback` says whether that is told.
-    A weight that `f` returns unchanged or transposed is returned as a QuantizedArray.
+    of JAX works on it (and jaxq's own operations, which would take it as an array, aren't needed). `f` is traced so,
+    and what it did is evaluated with the quantized weights: a dot becomes `quantized_matmul`, a look-up of rows
+    dequantizes those rows, transposes, reshapes, slices, stacks and casts act on the packed data, and `jit`, `scan`,
+    `while`, `cond`, `checkpoint`, `custom_jvp`, `custom_vjp` and `shard_map` are gone into. Where there is no rule,
+    the weight becomes dense there, and `fallback` says whether that is told. A weight that `f` returns unchanged or
+    transposed is returned as a QuantizedArray.
 
-    Weights that `f` does not take as arguments count as well: those in the variables that it closes over, in a
-    callable pytree (an `eqx.Module`, `jax.tree_util.Partial`), in a `functools.partial`; and any other QuantizedArray
-    that meets a function of `jax.numpy` or an operator while `f` is traced.
+    Weights that `f` does not take as arguments count as well: those in the closure, the globals and the defaults of
+    a Python function, in a callable pytree (an `eqx.Module`, `jax.tree_util.Partial`), in a `functools.partial`; and
+    any other QuantizedArray that meets an operator, or a function of `jax.numpy`, while `f` is traced.
 
     Composes with the transformations of JAX, in either order. It does not compile: wrap it, `jax.jit(dispatch(f))`,
     which then costs nothing as it runs. `dispatch(jax.jit(f))` compiles once as well, but traces `f`'s outer part at

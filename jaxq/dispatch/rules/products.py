@@ -55,14 +55,14 @@ def _product(x: Any, view: View, axes: _Axes, swapped: bool, dtype: np.dtype) ->
     """
     if x.dtype not in common.FLOAT_DTYPES or dtype not in common.FLOAT_DTYPES:
         return Unfused(f"{x.dtype.name} in and {dtype.name} out is not among float32, float16 and bfloat16")
-    if not axes.w_contract:
-        return Unfused("it is an outer product")
     order, storage = view.form.order, view.storage_shape
     contract = [order[a] for a in axes.w_contract]
     batch = [order[a] for a in axes.w_batch]
     last = view.ndim - 1
     if last in batch:
         return Unfused("the grouped axis is a batch axis of it")
+    if not contract:
+        return Unfused("it is an outer product")
     if any(_compat.partition(jax.typeof(x))[a] is not None for a in axes.x_contract):
         return Unfused("the contracted axis is partitioned over an explicit mesh")
     free = [a for a in range(view.ndim) if a not in axes.w_contract and a not in axes.w_batch]
