@@ -6,6 +6,7 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import NamedTuple
 
 import jax
@@ -63,7 +64,7 @@ set_placeholder(_placeholder)
 
 def _variable(qw: QuantizedArray) -> str | None:
     """The name of the variable, or of the attribute of one, that holds a weight where the user's code meets it."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None and not is_user_file(frame.f_code.co_filename):
         frame = frame.f_back
     if frame is None:

@@ -38,7 +38,7 @@ def partitioned(
     """`function` on operands of these shapes, in a form that XLA can partition."""
     wrapped = custom_partitioning(function)
     plan = {"quantize": _plan_quantize, "dequantize": _plan_dequantize}.get(op) or functools.partial(
-        _plan_matmul, transpose=transpose
+        _plan_matmul, transpose=bool(transpose)
     )
 
     def partition(mesh: Mesh, arguments: Sequence[Any], _: Any) -> Any:

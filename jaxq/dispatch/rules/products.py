@@ -149,6 +149,7 @@ def _ragged_dot(eqn: Any, values: list[Any], policy: Policy) -> list[Any] | Unfu
         start, end, leaves = expert_of
 
         def multiply() -> Any:
+            product: Any
             (product,) = _product(x, View(leaves, expert), axes, False, dtype)
             return jnp.where((row >= start) & (row < end), product, y)
 

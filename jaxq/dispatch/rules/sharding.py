@@ -82,7 +82,7 @@ def _shard_map(eqn: Any, values: list[Any], policy: Policy) -> list[Any] | Unfus
     return evaluate_traced(params["jaxpr"], key, mapped, values, policy)
 
 
-def _in_storage_order(view: View, spec: Sequence[Any]) -> list[Any]:
+def _in_storage_order(view: View, spec: PartitionSpec | Sequence[Any]) -> list[Any]:
     """Per storage axis, by which mesh axes it is partitioned."""
     entries = [*spec, *(None,) * (view.ndim - len(spec))]
     return [entries[view.form.order.index(s)] for s in range(view.ndim)]
