@@ -13,12 +13,13 @@ METAL_PYTHON ?= $(PYTHON)
 METAL_VENV := .venv-metal
 KERNELS := $(wildcard jaxq/kernels/cpu/CMakeLists.txt jaxq/kernels/cpu/*.cc jaxq/kernels/cpu/*.h)
 
-.PHONY: help demo test lint metal format clean
+.PHONY: help demo test lint bench metal format clean
 
 help:
 	@echo 'make demo     train, quantize and compare small models; takes a minute or two'
 	@echo 'make test     every test (ARGS="-k vmap -x" goes to pytest)'
 	@echo 'make lint     style and types'
+	@echo 'make bench    the speed of products, beside dense ones and MLX; takes minutes'
 	@echo 'make metal    check what jax-metal would get, on the jaxlib that it was made for'
 	@echo 'make format   rewrite the sources to the style'
 	@echo 'make clean    remove the environments and what was built'
@@ -34,6 +35,9 @@ lint: $(VENV)/.extra-test $(VENV)/.extra-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(VENV)/.extra-demo
+	$(BIN)/python benchmarks/quantized_matmul.py
 
 metal: $(VENV)/.extra-test $(METAL_VENV)/.installed
 	$(BIN)/python tools/metal.py write build/metal
