@@ -83,7 +83,7 @@ def _evaluate_equation(eqn: Any, values: list[Any], policy: Policy) -> Sequence[
 
 def _dequantized(eqn: Any, leaves: list[Any], policy: Policy) -> View:
     """The view that an equation `dequantize` makes: a weight from a closure, or what the code dequantizes itself."""
-    name = EXPLICIT
+    name: str | None = EXPLICIT
     if policy.names_weights and NAME_SCOPE in (scope := str(eqn.source_info.name_stack)):
         name = scope.rpartition(NAME_SCOPE)[2].partition("/")[0].rstrip(")") or None
     return View(leaves, Form(eqn.params["spec"], tuple(range(leaves[0].ndim)), eqn.params["dtype"], None, name))

@@ -222,7 +222,8 @@ def _quantized_type(base: type[nnx.Module]) -> type[nnx.Module]:
 def __getattr__(name: str) -> Any:
     """`QuantizedLinear` and so on, where `pickle` looks for the classes that Flax's own layers become."""
     base = getattr(nnx, name.removeprefix("Quantized"), None) if name.startswith("Quantized") else None
-    if isinstance(base, type) and issubclass(base, tuple(_LAYERS)):
+    is_layer = isinstance(base, type) and issubclass(base, tuple(_LAYERS))
+    if is_layer:
         return _quantized_type(base)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
