@@ -218,8 +218,8 @@ def _entries(path: Path, described: Any, tensors: Mapping[str, Tensor]) -> tuple
     if not isinstance(described, dict) or described.get("version") != _VERSION:
         raise refuse(path, f"its jaxq metadata are not of version {_VERSION}")
     leaves, values = described.get("leaves"), described.get("values")
-    if not isinstance(leaves, dict) or not isinstance(values, dict):
-        raise refuse(path, "its jaxq metadata hold no leaves")
+    if not isinstance(leaves, dict) or not isinstance(values, dict) or "tree" not in described:
+        raise refuse(path, "its jaxq metadata hold no leaves or no tree")
     entries = {name: _entry(path, name, fields, tensors) for name, fields in leaves.items()}
     used = {part for name, entry in entries.items() for part, _ in _parts(name, entry.abstract)}
     if unused := next((name for name in tensors if name not in used), None):

@@ -1,0 +1,222 @@
+"""How fast checkpoints load, and how much memory that takes: `python benchmarks/checkpoints.py --gigabytes 4`.
+
+Writes a checkpoint of random words, of layers as in a model of 7 billion weights (4096 x 11008 and 4096 x 4096), to a
+directory that it removes, reads it once so that the system caches it, and then times, interleaved:
+
+  read        the files, by read(2), into fresh memory: what the system's cache gives
+  jaxq        jaxq.checkpoints.load
+  safetensors safetensors.numpy.load_file, where the format is one of its files
+  mlx         mlx.core.load and its evaluation, for MLX's format and those GGUF types that it reads
+
+Prints medians, their ratios to `read`, and for jaxq the peak of the resident memory beyond that before the load, as a
+multiple of the arrays' bytes, each from a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from jaxq import QuantizedArray, QuantSpec, checkpoints
+from jaxq.checkpoints import safetensors
+from jaxq.checkpoints.entries import Checkpoint, Entry, dense
+from jaxq.checkpoints.gguf_blocks import BLOCKS
+
+SHAPES = [(11008, 4096), (4096, 11008), (4096, 4096), (4096, 4096)]
+GROUP = 64
+FORMATS = ["mlx", "gptq", "awq", *(f"gguf:{name}" for name in BLOCKS)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gigabytes", type=float, default=0.5, help="size of the checkpoint (default 0.5)")
+    parser.add_argument("--format", choices=FORMATS, default="mlx")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--directory", type=Path, help="where to write it (default: the system's temporary directory)")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)  # the child process that is measured
+    arguments = parser.parse_args()
+    if arguments.load:
+        print(json.dumps(load_once(arguments.load)))
+        return
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
+        path = write(Path(directory) / "model", arguments.format, int(arguments.gigabytes * 1e9))
+        result = measure(path, arguments.format, arguments.repeats)
+    if arguments.json:
+        print(json.dumps(result))
+        return
+    print(f"{arguments.format}, {result['file_bytes'] / 1e9:.2f} GB, median of {arguments.repeats}")
+    for name, seconds in result["seconds"].items():
+        rate = result["file_bytes"] / seconds / 1e9
+        print(f"  {name:12} {seconds:7.3f} s  {rate:6.2f} GB/s  {seconds / result['seconds']['read']:5.2f} x read")
+    print(f"  jaxq's peak memory: {result['peak']:.3f} x the arrays")
+
+
+def measure(path: Path, format: str, repeats: int) -> dict:
+    """Medians of interleaved runs, each in a fresh process so that none finds another's memory."""
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    ways = ["read", "jaxq"]
+    if not format.startswith("gguf"):
+        ways.append("safetensors")
+    if format in ("mlx", "gguf:Q4_0", "gguf:Q4_1", "gguf:Q8_0"):
+        ways.append("mlx")
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    peaks = []
+    for _ in range(repeats):
+        for way in ways:
+            measured = child(path, way)
+            times[way].append(measured["seconds"])
+            if way == "jaxq":
+                peaks.append(measured["peak"])
+    return {
+        "format": format,
+        "file_bytes": sum(file.stat().st_size for file in files),
+        "seconds": {way: statistics.median(values) for way, values in times.items()},
+        "peak": max(peaks),
+    }
+
+
+def child(path: Path, way: str) -> dict:
+    command = [sys.executable, __file__, "--load", f"{way}={path}"]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def load_once(argument: Path) -> dict:
+    """Seconds, and the peak of the resident memory over the arrays' bytes."""
+    import jax
+
+    way, path = str(argument).split("=", 1)
+    files = [Path(path)] if Path(path).is_file() else sorted(Path(path).glob("*.safetensors"))
+    jax.block_until_ready(jax.device_put(np.zeros(1)))
+    ways: dict[str, Callable[[], object]] = {
+        "read": lambda: [read(file) for file in files],
+        "jaxq": lambda: jax.block_until_ready(checkpoints.load(path)),
+        "safetensors": lambda: by_safetensors(files),
+        "mlx": lambda: by_mlx(files),
+    }
+    before = memory("VmRSS")
+    start = time.perf_counter()
+    loaded = ways[way]()
+    seconds = time.perf_counter() - start
+    nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded)) if way == "jaxq" else 1
+    return {"seconds": seconds, "peak": (memory("VmHWM") - before) / nbytes}
+
+
+def read(file: Path) -> np.ndarray:
+    with open(file, "rb", buffering=0) as source:
+        out = np.empty(file.stat().st_size, np.uint8)
+        done = 0
+        while done < out.size:
+            done += source.readinto(out[done : done + (1 << 30)].data)
+    return out
+
+
+def by_safetensors(files: list[Path]) -> object:
+    from safetensors.numpy import load_file
+
+    return [load_file(file) for file in files]
+
+
+def by_mlx(files: list[Path]) -> object:
+    import mlx.core as mx
+
+    loaded = [mx.load(str(file)) for file in files]
+    mx.eval(loaded)
+    return loaded
+
+
+def memory(field: str) -> int:
+    """Bytes, from Linux's account of this process; 0 elsewhere."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0
+    return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field))
+
+
+# ---- writing
+
+
+def write(path: Path, format: str, nbytes: int) -> Path:
+    """A checkpoint of about `nbytes` of random words; the same few megabytes over and over."""
+    noise = np.random.default_rng(0).integers(0, 2**32, (1 << 20) + 7, np.uint32).view(np.uint8)
+    if format.startswith("gguf"):
+        return write_gguf(path.with_suffix(".gguf"), format.removeprefix("gguf:"), nbytes, noise)
+    if format == "mlx":
+        checkpoints.mlx.save(path, random_checkpoint(nbytes, noise), {"model_type": "none"})
+        return path
+    config = {"quant_method": format, "bits": 4, "group_size": 128, "sym": True, "version": "gemm"}
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    layout = {}
+    for i, (n, k) in layers(nbytes, lambda n, k: n * k // 2):
+        rows = (k // 8, n) if format == "gptq" else (k, n // 8)
+        layout[f"{i}.qweight"] = dense(rows, np.int32)
+        layout[f"{i}.qzeros"] = dense((k // 128, n // 8), np.int32)
+        layout[f"{i}.scales"] = dense((k // 128, n), np.float16)
+    zeros = {"qzeros": np.uint32(0x77777777 if format == "gptq" else 0x88888888)}
+    stream = ((name, filled(struct, noise, zeros.get(name.split(".")[1]))) for name, struct in layout.items())
+    safetensors.write(path / "model.safetensors", layout, stream)
+    return path
+
+
+def layers(nbytes: int, size: Callable[[int, int], int]) -> Iterator[tuple[int, tuple[int, int]]]:
+    i = 0
+    while nbytes > 0:
+        shape = SHAPES[i % len(SHAPES)]
+        yield i, shape
+        nbytes -= size(*shape)
+        i += 1
+
+
+def filled(struct, noise: np.ndarray, value=None) -> np.ndarray:
+    """An array of noise; of ones where it is of floats, and of `value` where that is given."""
+    if struct.dtype.kind == "f" or struct.dtype.name == "bfloat16":
+        return np.ones(struct.shape, struct.dtype)
+    if value is not None:
+        return np.full(struct.shape, value.view(struct.dtype))
+    nbytes = struct.size * struct.dtype.itemsize
+    return np.resize(noise, nbytes).view(struct.dtype).reshape(struct.shape)
+
+
+def random_checkpoint(nbytes: int, noise: np.ndarray) -> Checkpoint:
+    import ml_dtypes
+
+    spec, entries = QuantSpec(4, GROUP), {}
+    for i, (n, k) in layers(nbytes, lambda n, k: n * k // 2):
+        scales = dense((n, k // GROUP), ml_dtypes.bfloat16)
+        abstract = QuantizedArray(dense((n, k // 8), np.uint32), scales, scales, spec=spec)
+        make = lambda abstract=abstract: [filled(leaf, noise) for leaf in abstract.leaves]  # noqa: E731
+        entries[f"layers.{i}.weight"] = Entry(abstract, "random", 0, make)
+    return Checkpoint(Path("random"), "mlx", {}, entries)
+
+
+def write_gguf(path: Path, name: str, nbytes: int, noise: np.ndarray) -> Path:
+    import gguf
+
+    kind = BLOCKS[name]
+    writer = gguf.GGUFWriter(path, "none")
+    for i, (n, k) in layers(nbytes, lambda n, k: n * k // kind.block * kind.nbytes):
+        row = np.resize(noise, 64 * k // kind.block * kind.nbytes).reshape(-1, kind.nbytes)
+        row[:, -2:] = row[:, :2] = np.array([1], np.float16).view(np.uint8)  # where some type has its fp16
+        rows = np.broadcast_to(row.reshape(1, 64, -1), (n // 64, 64, k // kind.block * kind.nbytes))
+        writer.add_tensor(
+            f"{i}.weight", np.ascontiguousarray(rows).reshape(n, -1), raw_dtype=gguf.GGMLQuantizationType[name]
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+if __name__ == "__main__":
+    main()
