@@ -81,7 +81,7 @@ class Checkpoint(Mapping[str, Any]):
         self.path, self.format, self.config, self.entries = path, format, config, dict(entries)
 
     def __getitem__(self, name: str) -> Any:
-        self._check_served([name])
+        self.check_served([name])
         entry = self.entries[name]
         return entry.place(entry.read())
 
@@ -115,16 +115,17 @@ class Checkpoint(Mapping[str, Any]):
           CheckpointError: a format that is not served, by tensor name; a file that changed since it was opened.
         """
         names = self.select(select)
-        self._check_served(names)
+        self.check_served(names)
         out = {}
-        with _bar(sum(self.entries[name].stored_bytes for name in names), progress) as advance:
+        with show_bytes(sum(self.entries[name].stored_bytes for name in names), progress, "loading") as advance:
             for name, leaves in self._read_ahead(names):
                 out[name] = self.entries[name].place(leaves)
                 advance(self.entries[name].stored_bytes)
         return out
 
-    def _check_served(self, names: Sequence[str]) -> None:
-        for name in names:
+    def check_served(self, names: Sequence[str] | None = None) -> None:
+        """Raise CheckpointError where a tensor, of all or of these, is of a format that can't be read."""
+        for name in self.entries if names is None else names:
             if problem := self.entries[name].problem:
                 raise refuse(self.path, problem, name)
 
@@ -166,7 +167,7 @@ def _place(leaf: np.ndarray) -> Any:
 
 
 @contextlib.contextmanager
-def _bar(total: int, progress: bool | None) -> Iterator[Callable[[int], None]]:
+def show_bytes(total: int, progress: bool | None, what: str) -> Iterator[Callable[[int], None]]:
     """A progress bar of bytes by rich or, failing that, tqdm. Asked for, it must be there."""
     if progress is None:
         progress = total >= _PROGRESS_BYTES and sys.stderr.isatty()
@@ -177,26 +178,26 @@ def _bar(total: int, progress: bool | None) -> Iterator[Callable[[int], None]]:
         yield lambda nbytes: None
         return
     with contextlib.ExitStack() as stack:
-        yield _start_bar(stack, total, required)
+        yield _start_bar(stack, total, required, what)
 
 
-def _start_bar(stack: contextlib.ExitStack, total: int, required: bool) -> Callable[[int], None]:
+def _start_bar(stack: contextlib.ExitStack, total: int, required: bool, what: str) -> Callable[[int], None]:
     with contextlib.suppress(ImportError):
-        return _rich_bar(stack, total)
+        return _rich_bar(stack, total, what)
     try:
         from tqdm import tqdm
     except ImportError:
         if required:
             raise ImportError("load: progress=True needs rich or tqdm: pip install 'jaxq[cli]'") from None
         return lambda nbytes: None
-    return stack.enter_context(tqdm(total=total, unit="B", unit_scale=True, desc="loading")).update
+    return stack.enter_context(tqdm(total=total, unit="B", unit_scale=True, desc=what)).update
 
 
-def _rich_bar(stack: contextlib.ExitStack, total: int) -> Callable[[int], None]:
+def _rich_bar(stack: contextlib.ExitStack, total: int, what: str) -> Callable[[int], None]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     bar = stack.enter_context(Progress(*columns, console=Console(stderr=True), transient=True))
-    task = bar.add_task("loading", total=total)
+    task = bar.add_task(what, total=total)
     return lambda nbytes: bar.advance(task, nbytes)

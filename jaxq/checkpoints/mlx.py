@@ -12,7 +12,8 @@ import collections
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -133,6 +134,7 @@ def save(
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
     mlx_only: bool = True,
+    beside: Iterable[Path] = (),
 ) -> None:
     """Write an MLX directory, which appears under its name only when it is whole.
 
@@ -144,6 +146,7 @@ def save(
       overwrite: replace what stands at `path`.
       shard_bytes: begin a new file before one grows beyond this.
       mlx_only: refuse formats that MLX has no kernels for; False writes them, for jaxq alone to read.
+      beside: files to copy into the directory, a tokenizer's for example.
 
     Raises:
       FileExistsError: `path` exists, and `overwrite` is False.
@@ -156,6 +159,8 @@ def save(
         # Hugging Face looks for the second name.
         config["quantization"] = config["quantization_config"] = _quantization(specs)
     with atomic_directory(path, overwrite=overwrite) as directory:
+        for file in beside:
+            shutil.copyfile(file, directory / file.name)
         (directory / "config.json").write_text(json.dumps(config, indent=4, sort_keys=True) + "\n")
         _write_shards(directory, tensors, {name: _parts(name, value) for name, value in entries.items()}, shard_bytes)
 

@@ -11,11 +11,13 @@ from jaxq.checkpoints.entries import Checkpoint, Select
 from jaxq.checkpoints.files import refuse
 
 
-def open(path: str | os.PathLike[str]) -> Checkpoint:
+def open(path: str | os.PathLike[str], *, scale_dtype: Any = None, dequantize: bool = False) -> Checkpoint:
     """Open a checkpoint of any format served, told by its config: MLX, GGUF, GPTQ, AWQ, or dense safetensors.
 
     Args:
       path: a directory, or a file.
+      scale_dtype: for GGUF, GPTQ and AWQ, the dtype of scales and biases; None: exact. See their `open`.
+      dequantize: load dense what no QuantizedArray can hold: GGUF's codebook types, GPTQ's `desc_act`.
 
     Returns:
       A `Checkpoint`: names and abstract arrays now, each tensor read when it is asked for.
@@ -28,7 +30,7 @@ def open(path: str | os.PathLike[str]) -> Checkpoint:
     if not path.exists():
         raise FileNotFoundError(f"open: {path} does not exist; pass a local directory or file")
     if path.suffix == ".gguf":
-        return gguf.open(path)
+        return gguf.open(path, scale_dtype=scale_dtype, dequantize=dequantize)
     config = safetensors.read_config(path)
     if "quantization" in config:
         return mlx.open(path, config=config)
@@ -37,16 +39,25 @@ def open(path: str | os.PathLike[str]) -> Checkpoint:
         return safetensors.open(path)
     # The files that AutoGPTQ and AutoAWQ write beside config.json have no quant_method.
     name = method.get("quant_method", "awq" if "w_bit" in method else "gptq" if "desc_act" in method else None)
-    if name in ("gptq", "awq"):
-        return gptq.open(path) if name == "gptq" else awq.open(path)
+    if name == "gptq":
+        return gptq.open(path, scale_dtype=scale_dtype, dequantize=dequantize)
+    if name == "awq":
+        return awq.open(path, scale_dtype=scale_dtype)
     what = f"quantization method {str(name)[:100]!r} is not read; MLX's, gptq and awq are"
     raise refuse(path, f"config.json: {what}")
 
 
-def load(path: str | os.PathLike[str], *, select: Select = None, progress: bool | None = None) -> dict[str, Any]:
-    """Load a checkpoint of any format served: `open`, then `Checkpoint.load`, which says what the arguments mean.
+def load(
+    path: str | os.PathLike[str],
+    *,
+    select: Select = None,
+    progress: bool | None = None,
+    scale_dtype: Any = None,
+    dequantize: bool = False,
+) -> dict[str, Any]:
+    """Load a checkpoint of any format served: `open`, then `Checkpoint.load`, which say what the arguments mean.
 
     Returns:
       {name: jax.Array or QuantizedArray}.
     """
-    return open(path).load(select, progress=progress)
+    return open(path, scale_dtype=scale_dtype, dequantize=dequantize).load(select, progress=progress)

@@ -1,0 +1,5 @@
+"""`python -m jaxq`."""
+
+from jaxq.cli import main
+
+main()
