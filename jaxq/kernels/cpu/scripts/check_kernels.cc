@@ -106,27 +106,29 @@ double QuantizeRatio(int isa, const Case& c, const Parallel& parallel) {
 }
 
 // The error in norm, as a multiple of that of a float32 dot product over the dense weight.
-double AccuracyRatio(int isa, const Format& format, int64_t M, const Parallel& parallel, bool outliers) {
-  const int64_t N = 32, K = 4096;
+double AccuracyRatio(int isa, const Format& format, bool transpose, int64_t M, const Parallel& parallel,
+                     bool outliers) {
+  const int64_t outer = 128, inner = 2048, N = transpose ? outer : inner, K = transpose ? inner : outer;
   Random random(11);
   const Weights w(&random, format, N, K, DType::kF32);
-  Floats x(&random, DType::kF32, M * K);
+  Floats x(&random, DType::kF32, M * inner);
   if (outliers) x.Spike(1000.0f, 97);
-  Guarded y(M * N * 4);
+  Guarded y(M * outer * 4);
   const MatmulArgs args = {
-      format,         true,          M,      N, K, x.data.get(), DType::kF32, w.packed.get(), w.scales.get(),
+      format,         transpose,     M,      N, K, x.data.get(), DType::kF32, w.packed.get(), w.scales.get(),
       w.biases.get(), w.scale_dtype, y.get()};
   if (Matmul(isa, args, parallel) != Outcome::kDone) return INFINITY;
   double ours = 0, plain = 0;
   for (int64_t m = 0; m < M; ++m) {
-    for (int64_t n = 0; n < N; ++n) {
+    for (int64_t o = 0; o < outer; ++o) {
       double want = 0;
       volatile float sum = 0;
-      for (int64_t k = 0; k < K; ++k) {
-        want += x.values[m * K + k] * w.values[n * K + k];
-        sum = sum + static_cast<float>(x.values[m * K + k]) * static_cast<float>(w.values[n * K + k]);
+      for (int64_t i = 0; i < inner; ++i) {
+        const double left = x.values[m * inner + i], right = w.values[transpose ? o * K + i : i * K + o];
+        want += left * right;
+        sum = sum + static_cast<float>(left) * static_cast<float>(right);
       }
-      ours += std::pow(Decode(DType::kF32, y.get(), m * N + n) - want, 2), plain += std::pow(sum - want, 2);
+      ours += std::pow(Decode(DType::kF32, y.get(), m * outer + o) - want, 2), plain += std::pow(sum - want, 2);
     }
   }
   return std::sqrt(ours / plain);
@@ -192,8 +194,8 @@ void CheckIsa(int isa, bool quick) {
   for (int64_t M : {1, 3, 8, 20, 70}) {
     for (const Format& format :
          {Format{Mode::kAffine, 4, 64}, Format{Mode::kAffine, 8, 128}, Format{Mode::kMxfp4, 4, 32}})
-      for (bool outliers : {false, true})
-        accuracy = std::fmax(accuracy, AccuracyRatio(isa, format, M, parallel, outliers));
+      for (int which = 0; which < 4; ++which)
+        accuracy = std::fmax(accuracy, AccuracyRatio(isa, format, which / 2, M, parallel, which % 2));
     for (DType dtype : {DType::kF32, DType::kF16, DType::kBF16}) {
       if (!Deterministic(isa, dtype, M) && ++failures)
         std::printf("FAILED %s: bits change with threads, M=%d\n", name, (int)M);

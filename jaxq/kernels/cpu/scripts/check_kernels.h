@@ -261,6 +261,13 @@ inline std::vector<Case> MatmulCases(bool quick) {
       cases.push_back({{Mode::kMxfp8, 8, 32}, M, 97, 1056, transpose, DType::kBF16, DType::kF32, ++seed});
     }
   }
+  // More groups, and more rows, than any kernel takes at once.
+  for (bool transpose : {true, false}) {
+    for (int64_t M : {1, 4, 20, 40})
+      cases.push_back({{Mode::kAffine, 4, 32}, M, 40, 2112, transpose, DType::kBF16, DType::kF32, ++seed});
+    cases.push_back({{Mode::kAffine, 4, 64}, 530, 144, 128, transpose, DType::kF32, DType::kF32, ++seed});
+    cases.push_back({{Mode::kAffine, 4, 64}, 530, 144, 128, transpose, DType::kBF16, DType::kF32, ++seed});
+  }
   return cases;
 }
 
