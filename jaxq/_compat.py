@@ -74,7 +74,8 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
 
 
 def is_jaxpr(value: Any) -> bool:
-    return isinstance(value, jexc.Jaxpr | jexc.ClosedJaxpr)
+    # Later than 0.10 the second is another name for the first, and may go.
+    return isinstance(value, (jexc.Jaxpr, getattr(jexc, "ClosedJaxpr", jexc.Jaxpr)))
 
 
 def constants_to_operands(jaxpr: Any) -> tuple[Any, list[Any]]:
