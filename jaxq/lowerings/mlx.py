@@ -21,8 +21,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import queue
+import secrets
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -203,9 +205,10 @@ def load(packed: np.ndarray, scales: np.ndarray, biases: np.ndarray | None = Non
     return Weight(_to_mlx(packed), _to_mlx(scales), None, mx.array(poisoned) if poisoned.any() else None)
 
 
-# Weights that `jaxq.resident` holds, by the number that stands for each in JAX. Numbers are never used twice.
+# Weights that `jaxq.resident` holds, by the number that stands for each in JAX, a uint32. Numbers are never used twice,
+# and start anywhere, so that one that was saved by another process finds nothing here instead of the wrong weight.
 _held: dict[int, Weight] = {}
-_numbers = iter(range(1, 2**32))
+_numbers = itertools.count(secrets.randbelow(2**31))
 _numbering = threading.Lock()
 
 
