@@ -14,6 +14,7 @@ import oracle
 import pytest
 
 import jaxq
+import jaxq.checkpoints.mlx
 from jaxq.lowerings import mlx
 
 mx = pytest.importorskip("mlx.core", reason=f"{mlx.unavailable()}")
@@ -249,6 +250,15 @@ def test_refusals():
             jax.export.export(jax.jit(jaxq.quantized_matmul))(x, held)
         with pytest.raises(IndexError, match="rows of a weight that is held by mlx can't be indexed"):
             held[3]
+
+
+def test_saving_is_refused_since_only_numbers_would_be_saved(tmp_path):
+    with jaxq.resident({"w.weight": cases.weight(SPEC, (24, 128)).qw}) as held:
+        with pytest.raises(TypeError, match=r"save: the data of .* is held by mlx; save the tree"):
+            jaxq.save(tmp_path / "tree.safetensors", held)
+        with pytest.raises(TypeError, match=r"mlx\.save: the data of 'w\.weight' is held by mlx"):
+            jaxq.checkpoints.mlx.save(tmp_path / "model", held)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_mlx(monkeypatch):

@@ -175,6 +175,10 @@ def _items(tensors: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def _writable(name: str, tensor: Any, mlx_only: bool) -> Any:
     if not isinstance(tensor, QuantizedArray):
         return dense(tensor.shape, tensor.dtype)
+    if tensor.spec.held_by is not None:
+        raise TypeError(
+            f"mlx.save: the data of {name!r} is held by {tensor.spec.held_by}; save the tree that it was made from"
+        )
     if not name.endswith(".weight"):
         raise ValueError(
             f"mlx.save: the quantized tensor {name!r} is not named `*.weight`; use jaxq.save, which takes any"

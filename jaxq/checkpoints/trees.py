@@ -129,6 +129,8 @@ def _name(path: Sequence[Any]) -> str:
 def _check_leaf(name: str, leaf: Any) -> None:
     if type(leaf) in _VALUES:
         return
+    if isinstance(leaf, QuantizedArray) and leaf.spec.held_by is not None:
+        raise TypeError(f"save: the data of {name!r} is held by {leaf.spec.held_by}; save the tree it was made from")
     for array in leaf.leaves if isinstance(leaf, QuantizedArray) else (leaf,):
         if isinstance(array, jax.core.Tracer):
             raise TypeError(f"save: the leaf {name!r} is a tracer; save outside jit")
