@@ -18,6 +18,7 @@ from jaxq import conventions, reports, tree
 from jaxq.array import QuantizedArray
 from jaxq.checkpoints import mlx
 from jaxq.checkpoints.entries import Checkpoint, Entry, dense, show_bytes
+from jaxq.checkpoints.gguf_names import hugging_face
 from jaxq.primitives.dequantize import dequantize
 from jaxq.primitives.quantize import quantize
 from jaxq.spec import QuantSpec
@@ -57,6 +58,8 @@ def convert(
     `quantize_tree` would leave alone stays dense. A quantized one stays as it is, exactly, unless a rule names another
     format.
 
+    A GGUF file's tensors get Hugging Face's names, and its metadata become a `config.json`; see `gguf_names`.
+
     Args:
       source: the open checkpoint.
       target: the directory to write.
@@ -73,12 +76,14 @@ def convert(
       A report: a row per tensor, with its relative error where it was quantized here.
 
     Raises:
-      CheckpointError: a tensor that can't be read.
+      CheckpointError: a tensor that can't be read; a GGUF file of an unknown architecture.
       ValueError: groups of 16 where they are refused; a weight with a NaN or an infinity; by name.
     """
     if groups_of_16 not in get_args(GroupsOf16):
         raise ValueError(f"convert: groups_of_16={groups_of_16!r}; pick one of {', '.join(get_args(GroupsOf16))}")
     source.check_served()
+    if source.format == "gguf":
+        source = hugging_face(source)
     steps = {name: _plan(name, entry, spec, rules, requantize, groups_of_16) for name, entry in source.entries.items()}
     report = reports.Report()
     total = sum(entry.stored_bytes for entry in source.entries.values())

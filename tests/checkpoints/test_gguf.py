@@ -48,9 +48,9 @@ def blocks(name, shape, seed=0):
     return data.reshape(*shape[:-1], -1)
 
 
-def write(path, tensors, metadata=()):
+def write(path, tensors, metadata=(), architecture="llama"):
     """tensors: {name: array, or (type, bytes)}."""
-    writer = package.GGUFWriter(path, "llama")
+    writer = package.GGUFWriter(path, architecture)
     writer.add_uint32("some.number", 7)
     writer.add_array("tokenizer.ggml.tokens", ["a", "b", "é"])
     writer.add_array("some.floats", [0.5, 1.5])
