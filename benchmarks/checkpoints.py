@@ -8,8 +8,9 @@ directory that it removes, reads it once so that the system caches it, and then 
   safetensors safetensors.numpy.load_file, where the format is one of its files
   mlx         mlx.core.load and its evaluation, for MLX's format and those GGUF types that it reads
 
-Prints medians, their ratios to `read`, and for jaxq the peak of the resident memory beyond that before the load, as a
-multiple of the arrays' bytes, each from a process of its own.
+Prints medians, their ratios to `read`, the time that processors spent (which other programs disturb less), and for jaxq
+the peak of the resident memory beyond that before the load, as a multiple of the arrays' bytes; each from a process of
+its own.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def main() -> None:
     print(f"{arguments.format}, {result['file_bytes'] / 1e9:.2f} GB, median of {arguments.repeats}")
     for name, seconds in result["seconds"].items():
         rate = result["file_bytes"] / seconds / 1e9
-        print(f"  {name:12} {seconds:7.3f} s  {rate:6.2f} GB/s  {seconds / result['seconds']['read']:5.2f} x read")
+        cpu, ratio = result["cpu_seconds"][name], seconds / result["seconds"]["read"]
+        print(f"  {name:12} {seconds:7.3f} s  {rate:6.2f} GB/s  {ratio:5.2f} x read  {cpu:7.3f} s of CPU")
     print(f"  jaxq's peak memory: {result['peak']:.3f} x the arrays")
 
 
@@ -70,17 +72,20 @@ def measure(path: Path, format: str, repeats: int) -> dict:
     if format in ("mlx", "gguf:Q4_0", "gguf:Q4_1", "gguf:Q8_0"):
         ways.append("mlx")
     times: dict[str, list[float]] = {way: [] for way in ways}
+    cpu_times: dict[str, list[float]] = {way: [] for way in ways}
     peaks = []
     for _ in range(repeats):
         for way in ways:
             measured = child(path, way)
             times[way].append(measured["seconds"])
+            cpu_times[way].append(measured["cpu_seconds"])
             if way == "jaxq":
                 peaks.append(measured["peak"])
     return {
         "format": format,
         "file_bytes": sum(file.stat().st_size for file in files),
         "seconds": {way: statistics.median(values) for way, values in times.items()},
+        "cpu_seconds": {way: statistics.median(values) for way, values in cpu_times.items()},
         "peak": max(peaks),
     }
 
@@ -104,11 +109,11 @@ def load_once(argument: Path) -> dict:
         "mlx": lambda: by_mlx(files),
     }
     before = memory("VmRSS")
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     loaded = ways[way]()
-    seconds = time.perf_counter() - start
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded)) if way == "jaxq" else 1
-    return {"seconds": seconds, "peak": (memory("VmHWM") - before) / nbytes}
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak": (memory("VmHWM") - before) / nbytes}
 
 
 def read(file: Path) -> np.ndarray:

@@ -12,7 +12,7 @@ import pytest
 from checkpoint_cases import same_bits
 
 import jaxq
-from jaxq.checkpoints import CheckpointError, safetensors
+from jaxq.checkpoints import CheckpointError, mlx, safetensors
 from jaxq.checkpoints.entries import dense
 
 
@@ -105,6 +105,15 @@ def test_what_can_not_be_saved(tmp_path, leaf, message):
     with pytest.raises(TypeError, match=message):
         jaxq.save(tmp_path / "x.safetensors", {"a": {"b": leaf}})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_mlx_holds_is_refused(tmp_path):
+    pytest.importorskip("mlx.core")
+    with jaxq.resident({"w.weight": quantized()}) as tree:
+        with pytest.raises(TypeError, match="is held by mlx; save"):
+            jaxq.save(tmp_path / "x.safetensors", tree)
+        with pytest.raises(ValueError, match=r"'w\.weight' is held by mlx"):
+            mlx.save(tmp_path / "m", tree)
 
 
 def test_a_tracer_is_refused(tmp_path):
