@@ -1,14 +1,19 @@
-"""The README's Python runs as it stands, its blocks in order, and each `# -> value` is what the expression gives."""
+"""The README's code runs as it stands, block by block, and each `# -> value` is what the expression gives."""
 
 from __future__ import annotations
 
 import ast
 import pathlib
 import re
+import shlex
+import subprocess
+import sys
 from typing import Any
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
 BLOCKS = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+SHELL = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def run(text: str, namespace: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -35,9 +40,17 @@ def test_readme(tmp_path, monkeypatch, capsys):
     import jax
 
     monkeypatch.chdir(tmp_path)
+    text = README.read_text()
     with jax.numpy_dtype_promotion("standard"):  # as a reader has it
-        shown = run(README.read_text(), {"__name__": "readme"})
+        shown = run(text, {"__name__": "readme"})
     assert len(shown) > 10
     for expression, value, got in shown:
         assert got == value, f"{expression} gives {got}"
     assert "bits/weight" in capsys.readouterr().out
+    for block in SHELL.findall(text):
+        for line in block.splitlines():
+            program, *arguments = shlex.split(line, comments=True)
+            assert program == "jaxq"
+            command = [sys.executable, "-m", "jaxq", *arguments]
+            result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            assert result.returncode == 0, f"{line}: {result.stderr}"

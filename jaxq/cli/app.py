@@ -202,7 +202,7 @@ def doctor(as_json: Json = False) -> None:
 
 @app.command()
 def bench(
-    shape: Annotated[str, typer.Option(help="The weight, [out, in].")] = "4096x4096",
+    shape: Annotated[str, typer.Option(help="The weight: OUTxIN.")] = "4096x4096",
     batch: Annotated[list[int] | None, typer.Option(help="Rows of x; several times for several.")] = None,
     format: Annotated[list[str] | None, typer.Option(help="Formats, as in rules; several times for several.")] = None,
     implementation: Annotated[list[str] | None, typer.Option(help="Only these; default: all that are usable.")] = None,
