@@ -183,9 +183,6 @@ def _writable(name: str, tensor: Any, mlx_only: bool) -> Any:
         raise ValueError(
             f"mlx.save: the quantized tensor {name!r} is not named `*.weight`; use jaxq.save, which takes any"
         )
-    if tensor.spec.held_by is not None:
-        held = tensor.spec.held_by
-        raise ValueError(f"mlx.save: the data of tensor {name!r} is held by {held}; save what it was made from")
     if tensor.axis != (-1,):
         raise ValueError(
             f"mlx.save: tensor {name!r} has axis={tensor.axis}; MLX groups the last one: pass it transposed"

@@ -112,7 +112,7 @@ def test_what_mlx_holds_is_refused(tmp_path):
     with jaxq.resident({"w.weight": quantized()}) as tree:
         with pytest.raises(TypeError, match="is held by mlx; save"):
             jaxq.save(tmp_path / "x.safetensors", tree)
-        with pytest.raises(ValueError, match=r"'w\.weight' is held by mlx"):
+        with pytest.raises(TypeError, match=r"'w\.weight' is held by mlx"):
             mlx.save(tmp_path / "m", tree)
 
 
