@@ -59,15 +59,15 @@ class Policy:
         return self.fallback != "dequantize"
 
     def report(self, eqn: Any, views: Sequence[View], reason: str) -> None:
-        """Say that `views` become dense in an equation.
+        """Say that `views` become dense in an equation; none of them: that a captured weight does, in a nested jaxpr.
 
         Raises:
           ValueError: where the fallback is "error".
         """
-        views = [view for view in views if view.form.name != EXPLICIT]
-        if self.fallback == "dequantize" or not views:
+        told = [view for view in views if view.form.name != EXPLICIT]
+        if self.fallback == "dequantize" or (views and not told):
             return
-        weights = " and ".join(_describe(view) for view in views)
+        weights = " and ".join(_describe(view) for view in told) or "a captured weight inside it"
         where, file, line = _user_line(eqn)
         message = f"dispatch: {eqn.primitive.name} makes {weights} dense{where}: {reason}"
         if self.fallback == "error":

@@ -71,13 +71,13 @@ def _evaluate_equation(eqn: Any, values: list[Any], policy: Policy) -> Sequence[
         return [_dequantized(eqn, values, policy)]
     quantized = any(type(value) is View for value in values)
     function = RULES.get(primitive) or NAMED.get(primitive.name)
-    if not quantized and (function not in NESTED or not any(map(holds_weights, nested_jaxprs(eqn.params)))):
+    if not quantized and not any(map(holds_weights, nested_jaxprs(eqn.params))):
         return _compat.rebind(eqn, values)
-    outs = function(eqn, values, policy) if function else _NO_RULE
+    applies = function is not None and (quantized or function in NESTED)
+    outs = function(eqn, values, policy) if function and applies else _NO_RULE
     if not isinstance(outs, Unfused):
         return outs
-    if quantized:
-        policy.report(eqn, [value for value in values if is_view(value)], outs.reason)
+    policy.report(eqn, [value for value in values if is_view(value)], outs.reason)
     return _compat.rebind(eqn, [dense(value) for value in values])
 
 
@@ -96,9 +96,10 @@ def nested_jaxprs(params: dict[str, Any]) -> list[Any]:
     """The jaxprs among an equation's parameters."""
     found = []
     for value in params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            if _compat.is_jaxpr(item):
-                found.append(item)
+        if _compat.is_jaxpr(value):
+            found.append(value)
+        elif isinstance(value, tuple | list):
+            found.extend(item for item in value if _compat.is_jaxpr(item))
     return found
 
 

@@ -66,7 +66,8 @@ def dispatch(f: F, *, dtype: Any = None, fallback: Fallback = "dequantize") -> F
     for attribute, value in (("__name__", name), ("__qualname__", getattr(f, "__qualname__", name))):
         setattr(dispatched, attribute, value)
     dispatched.__doc__ = getattr(f, "__doc__", None)
-    dispatched.__wrapped__ = f  # type: ignore[attr-defined]
+    if jax.tree_util.all_leaves([f]):  # Equinox takes a wrapped pytree for a mistake.
+        dispatched.__wrapped__ = f  # type: ignore[attr-defined]
     return dispatched  # type: ignore[return-value]
 
 

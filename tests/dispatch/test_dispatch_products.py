@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from dispatch_checks import bound, check, count, dense, normal, weight
 from jax import lax
 
 import jaxq
+from jaxq.primitives import common
 
 X = normal(5, 96)
 TOKENS = normal(2, 3, 96)
@@ -183,3 +185,57 @@ def test_ragged_dot_transposed():
         return lax.ragged_dot_general(x, w, sizes, numbers)
 
     check(f, normal(8, 32), weight(3, 64, 32), jnp.array([3, 0, 5], jnp.int32), fused=1)
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (2, 3)])
+@pytest.mark.parametrize(
+    ("layout", "x_shape", "w_shape", "axis"),
+    [
+        (("NHWC", "HWIO", "NHWC"), (2, 5, 4, 32), (1, 1, 32, 48), -2),
+        (("NCHW", "OIHW", "NCHW"), (2, 32, 5, 4), (48, 32, 1, 1), 1),
+        (("NCHW", "HWIO", "HWNC"), (2, 32, 5, 4), (1, 1, 32, 48), -1),
+    ],
+)
+def test_convolution_of_windows_of_one(layout, x_shape, w_shape, axis, strides):
+    def f(x, w):
+        return lax.conv_general_dilated(x, w, strides, "VALID", dimension_numbers=layout)
+
+    tolerance = bound(32, 2 * 2 * 48**0.5)
+    check(f, normal(*x_shape), weight(*w_shape, axis=axis), fused=1, tolerance=tolerance)
+
+
+def test_convolution_of_wider_windows_is_dense():
+    def f(x, w):
+        return lax.conv_general_dilated(x, w, (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC"))
+
+    tolerance = bound(3 * 32, 2 * 2 * 96**0.5)
+    check(f, normal(2, 5, 32), weight(3, 32, 48, axis=1), fused=0, dense_weights=1, tolerance=tolerance)
+
+
+# ---- weights whose data MLX holds
+
+
+RESIDENT = {
+    "x @ w.T": (lambda x, w: x @ w.T, (64, 96), -1, 1),
+    "x @ kernel": (lambda x, w: x @ w, (96, 64), -2, 1),
+    "experts": (lambda x, w: jnp.einsum("bd,edf->bef", x[:, :64], w), (3, 64, 32), -2, 0),
+    "experts with a batch axis": (lambda x, w: jnp.einsum("ebd,edf->ebf", x[:3, None], w), (3, 96, 32), -2, 1),
+    "scan": (lambda x, w: lax.scan(lambda c, w: (jnp.tanh(c @ w.T), None), x, w)[0], (3, 96, 96), -1, 1),
+    "rows": (lambda x, w: w[jnp.array([1, 5])], (64, 96), -1, 0),
+    "reshape": (lambda x, w: x @ w.reshape(64, 96).T, (2, 32, 96), -1, 0),
+}
+
+
+@pytest.mark.parametrize("name", RESIDENT)
+def test_resident_weights(name):
+    """Multiplied, transposed and scanned where they are; not cut or rearranged."""
+    if (reason := common.IMPLEMENTATIONS["mlx"].unavailable()) is not None:
+        pytest.skip(reason)
+    f, shape, axis, fused = RESIDENT[name]
+    w = jaxq.quantize(normal(*shape) / shape[axis] ** 0.5, group_size=32, axis=axis)
+    with jaxq.resident({"w": w}) as tree:
+        run = jaxq.dispatch(lambda x, tree: f(x, tree["w"]))
+        found = count(jax.make_jaxpr(run)(X, tree), "quantized_matmul", "dequantize")
+        assert found == (fused, 1 - fused)
+        # MLX multiplies in float32, in sums of another order.
+        np.testing.assert_allclose(run(X, tree), f(X, dense(w)), atol=bound(96, 4 * 96**0.5, products=6))

@@ -15,6 +15,7 @@ from jax.extend.core import primitives as p
 from jaxq import _compat
 from jaxq.dispatch.fallback import HELD, Policy, Unfused
 from jaxq.dispatch.interpreter import rule
+from jaxq.dispatch.rules.layout import reshaped
 from jaxq.dispatch.views import View, is_view, size
 from jaxq.primitives import common
 from jaxq.primitives.quantized_matmul import bind_quantized_matmul
@@ -53,8 +54,8 @@ def _product(x: Any, view: View, axes: _Axes, swapped: bool, dtype: np.dtype) ->
     The primitive contracts x's last axis with the weight's last or last but one, and takes batch axes first; here
     the others are brought to that. Of the weight only packed words move, and in the usual layouts not even those.
     """
-    if x.dtype not in common.FLOAT_DTYPES or dtype not in common.FLOAT_DTYPES:
-        return Unfused(f"{x.dtype.name} in and {dtype.name} out is not among float32, float16 and bfloat16")
+    if (refused := _refused_operand(x, axes.x_contract, dtype)) is not None:
+        return refused
     order, storage = view.form.order, view.storage_shape
     contract = [order[a] for a in axes.w_contract]
     batch = [order[a] for a in axes.w_batch]
@@ -63,8 +64,6 @@ def _product(x: Any, view: View, axes: _Axes, swapped: bool, dtype: np.dtype) ->
         return Unfused("the grouped axis is a batch axis of it")
     if not contract:
         return Unfused("it is an outer product")
-    if any(_compat.partition(jax.typeof(x))[a] is not None for a in axes.x_contract):
-        return Unfused("the contracted axis is partitioned over an explicit mesh")
     free = [a for a in range(view.ndim) if a not in axes.w_contract and a not in axes.w_batch]
     w_free = sorted(order[a] for a in free)
     by_storage = sorted(range(len(contract)), key=contract.__getitem__)
@@ -85,6 +84,15 @@ def _product(x: Any, view: View, axes: _Axes, swapped: bool, dtype: np.dtype) ->
     w_places = [len(lead) + w_free.index(order[a]) for a in free]
     x_places = list(range(len(batch), len(lead)))
     return [_permuted(y, [*range(len(batch)), *(w_places + x_places if swapped else x_places + w_places)])]
+
+
+def _refused_operand(x: Any, contract: Sequence[int], dtype: np.dtype) -> Unfused | None:
+    """Why x can't be multiplied fused, if it can't."""
+    if x.dtype not in common.FLOAT_DTYPES or dtype not in common.FLOAT_DTYPES:
+        return Unfused(f"{x.dtype.name} in and {dtype.name} out is not among float32, float16 and bfloat16")
+    if any(_compat.partition(jax.typeof(x))[axis] is not None for axis in contract):
+        return Unfused("the contracted axis is partitioned over an explicit mesh")
+    return None
 
 
 def _matrix(view: View, batch: list[int], rows: list[int], columns: list[int]) -> list[Any]:
@@ -115,6 +123,37 @@ def _permuted(x: Any, order: list[int]) -> Any:
     return x if order == list(range(x.ndim)) else lax.transpose(x, order)
 
 
+@rule(p.conv_general_dilated_p)
+def _conv_general_dilated(eqn: Any, values: list[Any], policy: Policy) -> list[Any] | Unfused:
+    """A convolution with windows of one element: a product with x's features, at every stride-th place."""
+    x, view = values
+    params = eqn.params
+    numbers = params["dimension_numbers"]
+    if not is_view(view) or is_view(x):
+        return Unfused("the weight is convolved, and not the kernel")
+    window = [view.shape[axis] for axis in numbers.rhs_spec[2:]]
+    padding = [pad for pair in params["padding"] for pad in pair]
+    groups = params["feature_group_count"], params["batch_group_count"]
+    if any(size != 1 for size in (*window, *params["lhs_dilation"], *groups)) or any(padding):
+        return Unfused(f"only convolutions with windows of 1 and neither padding nor groups are fused, not {window}")
+    kernel = reshaped(view.transposed(numbers.rhs_spec), [view.shape[axis] for axis in numbers.rhs_spec[:2]])
+    if isinstance(kernel, Unfused):
+        return kernel
+    stride = dict(zip(numbers.lhs_spec[2:], params["window_strides"], strict=True))
+    if any(step != 1 for step in stride.values()):
+        x = lax.slice(x, [0] * x.ndim, x.shape, [stride.get(axis, 1) for axis in range(x.ndim)])
+    feature = numbers.lhs_spec[1]
+    outs = _product(x, kernel[0], _Axes([feature], [1], (), ()), False, eqn.outvars[0].aval.dtype)
+    if isinstance(outs, Unfused):
+        return outs
+    kept = [axis for axis in range(x.ndim) if axis != feature]
+    place = {axis: kept.index(axis) for axis in kept} | {feature: len(kept)}
+    order = [0] * x.ndim
+    for of_x, of_out in zip(numbers.lhs_spec, numbers.out_spec, strict=True):
+        order[of_out] = place[of_x]
+    return [_permuted(outs[0], order)]
+
+
 @rule("ragged_dot_general", "ragged_dot")
 def _ragged_dot(eqn: Any, values: list[Any], policy: Policy) -> list[Any] | Unfused:
     """Experts: rows of x in consecutive groups, each times its own matrix, one after the other in a loop.
@@ -136,8 +175,8 @@ def _ragged_dot(eqn: Any, values: list[Any], policy: Policy) -> list[Any] | Unfu
         return Unfused("the experts' axis is the grouped one")
     if view.held and view.form.order[0] != 0:
         return Unfused(HELD)
-    if x.dtype not in common.FLOAT_DTYPES or dtype not in common.FLOAT_DTYPES:
-        return Unfused(f"{x.dtype.name} in and {dtype.name} out is not among float32, float16 and bfloat16")
+    if (refused := _refused_operand(x, x_contract, dtype)) is not None:
+        return refused
     view = view.stored([view.form.order[0], *(s for s in range(2) if s != view.form.order[0])])
     expert = view.form._replace(order=tuple(s - 1 for s in view.form.order[1:]), axis=None)
     axes = _Axes(x_contract, [a - 1 for a in w_contract], (), ())
@@ -149,9 +188,9 @@ def _ragged_dot(eqn: Any, values: list[Any], policy: Policy) -> list[Any] | Unfu
         start, end, leaves = expert_of
 
         def multiply() -> Any:
-            product: Any
-            (product,) = _product(x, View(leaves, expert), axes, False, dtype)
-            return jnp.where((row >= start) & (row < end), product, y)
+            product = _product(x, View(leaves, expert), axes, False, dtype)
+            assert not isinstance(product, Unfused)  # what it refuses was refused above
+            return jnp.where((row >= start) & (row < end), product[0], y)
 
         return lax.cond(end > start, multiply, lambda: y), None
 

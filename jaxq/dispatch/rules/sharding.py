@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -82,9 +82,10 @@ def _shard_map(eqn: Any, values: list[Any], policy: Policy) -> list[Any] | Unfus
     return evaluate_traced(params["jaxpr"], key, mapped, values, policy)
 
 
-def _in_storage_order(view: View, spec: PartitionSpec | Sequence[Any]) -> list[Any]:
+def _in_storage_order(view: View, spec: Iterable[Any]) -> list[Any]:
     """Per storage axis, by which mesh axes it is partitioned."""
-    entries = [*spec, *(None,) * (view.ndim - len(spec))]
+    entries = list(spec)
+    entries += [None] * (view.ndim - len(entries))
     return [entries[view.form.order.index(s)] for s in range(view.ndim)]
 
 
