@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--format", choices=FORMATS, default="mlx")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--directory", type=Path, help="where to write it (default: the system's temporary directory)")
+    parser.add_argument("--ways", nargs="*", help="only these of read, jaxq, safetensors and mlx")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)  # the child process that is measured
     arguments = parser.parse_args()
@@ -51,19 +52,19 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
         path = write(Path(directory) / "model", arguments.format, int(arguments.gigabytes * 1e9))
-        result = measure(path, arguments.format, arguments.repeats)
+        result = measure(path, arguments.format, arguments.repeats, arguments.ways)
     if arguments.json:
         print(json.dumps(result))
         return
     print(f"{arguments.format}, {result['file_bytes'] / 1e9:.2f} GB, median of {arguments.repeats}")
     for name, seconds in result["seconds"].items():
         rate = result["file_bytes"] / seconds / 1e9
-        cpu, ratio = result["cpu_seconds"][name], seconds / result["seconds"]["read"]
+        cpu, ratio = result["cpu_seconds"][name], seconds / result["seconds"].get("read", seconds)
         print(f"  {name:12} {seconds:7.3f} s  {rate:6.2f} GB/s  {ratio:5.2f} x read  {cpu:7.3f} s of CPU")
     print(f"  jaxq's peak memory: {result['peak']:.3f} x the arrays")
 
 
-def measure(path: Path, format: str, repeats: int) -> dict:
+def measure(path: Path, format: str, repeats: int, only: list[str] | None) -> dict:
     """Medians of interleaved runs, each in a fresh process so that none finds another's memory."""
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     ways = ["read", "jaxq"]
@@ -71,6 +72,7 @@ def measure(path: Path, format: str, repeats: int) -> dict:
         ways.append("safetensors")
     if format in ("mlx", "gguf:Q4_0", "gguf:Q4_1", "gguf:Q8_0"):
         ways.append("mlx")
+    ways = [way for way in ways if not only or way in only]
     times: dict[str, list[float]] = {way: [] for way in ways}
     cpu_times: dict[str, list[float]] = {way: [] for way in ways}
     peaks = []

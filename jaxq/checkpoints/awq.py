@@ -81,9 +81,8 @@ def _unpack(words: np.ndarray) -> np.ndarray:
 
 def _read(layer: Layer, abstract: QuantizedArray) -> list[np.ndarray]:
     leaves = zero_points.new_leaves(abstract)
-    words = layer.parts["qweight"].read()
-    for rows in zero_points.columns(layer.shape[0]):
-        codes = _unpack(np.ascontiguousarray(words[:, rows.start // 8 : rows.stop // 8]))
-        leaves[0][rows] = pack(np.ascontiguousarray(codes.T), 4)
+    for rows, words in zero_points.pieces(layer.parts["qweight"]):
+        codes = np.ascontiguousarray(_unpack(words).T)
+        leaves[0][:, rows.start // 8 : rows.stop // 8] = pack(codes, 4)
     layer.affine(layer.parts["scales"].read(), _unpack(layer.parts["qzeros"].read()), leaves[1:], exact=False)
     return leaves

@@ -287,7 +287,9 @@ def _read_blocks(info: Info, block: BlockType, abstract: QuantizedArray) -> list
         for start, blocks in _chunks(info, block.block, block.nbytes):
             codes, *floats = block.unpack(blocks)
             stop = start + len(blocks)
-            flat[0][start * words : stop * words] = pack(codes, spec.bits).reshape(-1)
+            flat[0][start * words : stop * words] = (
+                codes if codes.dtype == np.uint32 else pack(codes, spec.bits)
+            ).reshape(-1)
             for out, values in zip(flat[1:], floats, strict=True):
                 narrow = values.astype(out.dtype).reshape(-1)
                 if out.dtype == np.float16 and np.any(np.isinf(narrow) & ~np.isinf(values.reshape(-1))):

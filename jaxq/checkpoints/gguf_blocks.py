@@ -16,7 +16,8 @@ import numpy as np
 
 from jaxq.spec import QuantSpec
 
-# uint8[n, bytes of a block] -> uint8 codes [n, block], scales [n, groups of a block] and, in mode affine, biases
+# uint8[n, bytes of a block] -> codes uint8[n, block], or packed in uint32; scales [n, groups of a block]; and, in mode
+# affine, biases like them
 Unpack = Callable[[np.ndarray], tuple[np.ndarray, ...]]
 
 
@@ -50,6 +51,18 @@ def _planes(packed: np.ndarray, width: int, bits: int) -> np.ndarray:
     return codes.reshape(len(packed), -1)
 
 
+def _nibbles(packed: np.ndarray, width: int) -> np.ndarray:
+    """`_planes(packed, width, 4)` packed, uint32[n, B / 4]; faster, as no code is ever spread over a byte."""
+    pairs = np.ascontiguousarray(packed).view(np.uint16)  # of a pair of bytes: the codes 2 i and 2 i + 1 of two planes
+    words = np.empty((pairs.size * 2 // width, 2, width // 16), np.uint64)
+    for plane, shift in enumerate((0, 4)):
+        codes = pairs >> np.uint16(4 + shift)
+        codes &= np.uint16(0xF0)
+        codes |= (pairs >> np.uint16(shift)) & np.uint16(0x0F)
+        words[:, plane] = codes.astype(np.uint8).view(np.uint64).reshape(len(words), -1)
+    return words.view(np.uint32).reshape(len(packed), -1)
+
+
 def _fp16(blocks: np.ndarray, at: int) -> np.ndarray:
     """The fp16 that begins at byte `at`, as float32[n, 1]."""
     return np.ascontiguousarray(blocks[:, at : at + 2]).view(np.float16).astype(np.float32)
@@ -57,11 +70,11 @@ def _fp16(blocks: np.ndarray, at: int) -> np.ndarray:
 
 def _q4_0(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
     d = _fp16(blocks, 0)
-    return _planes(blocks[:, 2:], 16, 4), d, -8 * d
+    return _nibbles(blocks[:, 2:], 16), d, -8 * d
 
 
 def _q4_1(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
-    return _planes(blocks[:, 4:], 16, 4), _fp16(blocks, 0), _fp16(blocks, 2)
+    return _nibbles(blocks[:, 4:], 16), _fp16(blocks, 0), _fp16(blocks, 2)
 
 
 def _fifth_bit(codes: np.ndarray, high: np.ndarray) -> np.ndarray:
@@ -111,7 +124,7 @@ def _k_scales(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _q4_k(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
-    return _planes(blocks[:, 16:], 32, 4), *_k_scales(blocks)
+    return _nibbles(blocks[:, 16:], 32), *_k_scales(blocks)
 
 
 def _q5_k(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -148,7 +161,7 @@ def _tq2_0(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 def _mxfp4(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
-    return _planes(blocks[:, 1:], 16, 4), blocks[:, :1]
+    return _nibbles(blocks[:, 1:], 16), blocks[:, :1]
 
 
 _HALF, _FULL = np.float16, np.float32

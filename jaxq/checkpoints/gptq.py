@@ -130,9 +130,8 @@ def _zeros(layer: Layer, version: int) -> np.ndarray:
 
 def _read(layer: Layer, version: int, abstract: QuantizedArray, exact: bool) -> list[np.ndarray]:
     leaves = zero_points.new_leaves(abstract)
-    words = layer.parts["qweight"].read().view(np.uint32)
-    for rows in zero_points.columns(words.shape[1]):
-        leaves[0][rows] = words[:, rows].T
+    for rows, words in zero_points.pieces(layer.parts["qweight"]):
+        leaves[0][:, rows] = words.view(np.uint32).T
     layer.affine(layer.parts["scales"].read(), _zeros(layer, version), leaves[1:], exact=exact)
     return leaves
 
@@ -140,9 +139,9 @@ def _read(layer: Layer, version: int, abstract: QuantizedArray, exact: bool) -> 
 def _dequantize(layer: Layer, version: int, groups: np.ndarray) -> np.ndarray:
     """float32[N, K]: exact, as `scales * (code - zero)` has at most 20 bits where the scales are float16."""
     out = empty(layer.shape, np.float32)
-    words = layer.parts["qweight"].read().view(np.uint32)
     scales, zeros = layer.parts["scales"].read().astype(np.float32), _zeros(layer, version).astype(np.float32)
-    for rows in zero_points.columns(words.shape[1]):
-        codes = unpack(words[:, rows].T, layer.bits)
-        out[rows] = (codes - zeros[groups][:, rows].T) * scales[groups][:, rows].T
+    for rows, words in zero_points.pieces(layer.parts["qweight"]):
+        codes = unpack(words.T, layer.bits).T
+        inputs = slice(rows.start * 32 // layer.bits, rows.start * 32 // layer.bits + len(codes))
+        out[:, inputs] = ((codes - zeros[groups[inputs]]) * scales[groups[inputs]]).T
     return out

@@ -77,11 +77,19 @@ class Tensor:
 
     def read(self) -> np.ndarray:
         """The tensor, in aligned memory of its own."""
+        return self._read(self.shape, 0)
+
+    def read_rows(self, rows: slice) -> np.ndarray:
+        """`read()[rows]`, of whose first axis the slice is a part; reads no more than that."""
+        shape = (rows.stop - rows.start, *self.shape[1:])
+        return self._read(shape, rows.start * count(self.shape[1:]) * self.dtype.itemsize)
+
+    def _read(self, shape: tuple[int, ...], start: int) -> np.ndarray:
         try:
-            data = self.source.read(self.offset, self.nbytes)
+            data = self.source.read(self.offset + start, count(shape) * self.dtype.itemsize)
         except ValueError as error:
             raise refuse(self.source.path, str(error), self.name) from None
-        return data.view(self.dtype).reshape(self.shape)
+        return data.view(self.dtype).reshape(shape)
 
 
 def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -25,8 +25,8 @@ from jaxq.spec import QuantSpec
 PARTS = ("qweight", "qzeros", "scales")
 _GROUPS = (128, 64, 32, 16)
 _FLOATS = ("float16", "bfloat16", "float32")
-# Output channels repacked at a time: bounds the temporaries.
-COLUMNS = 512
+# Bytes of qweight that are transposed at a time: bounds the temporaries, and goes through a core's caches.
+_PIECE = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,9 +149,13 @@ def new_leaves(abstract: QuantizedArray) -> list[np.ndarray]:
     return [empty(leaf.shape, leaf.dtype) for leaf in abstract.leaves]
 
 
-def columns(n: int) -> Iterator[slice]:
-    """Slices of output channels, so that a transposition goes through the caches."""
-    return (slice(start, min(start + COLUMNS, n)) for start in range(0, n, COLUMNS))
+def pieces(qweight: Tensor) -> Iterator[tuple[slice, np.ndarray]]:
+    """(rows, these rows) over a tensor, a multiple of 96 rows at a time: whole codes, whatever the bits."""
+    total, width = qweight.shape
+    step = max(_PIECE // (4 * width) // 96, 1) * 96
+    for start in range(0, total, step):
+        rows = slice(start, min(start + step, total))
+        yield rows, qweight.read_rows(rows)
 
 
 # ---- configs

@@ -9,7 +9,7 @@ import pytest
 from checkpoint_cases import codes_of, dense, same_bits
 
 from jaxq import checkpoints
-from jaxq.checkpoints import CheckpointError, awq, gptq, safetensors
+from jaxq.checkpoints import CheckpointError, awq, gptq, safetensors, zero_points
 
 RNG = np.random.default_rng(0)
 
@@ -68,6 +68,14 @@ def save_gptq(path, codes, zeros, scales, groups, bits, group_size, *, version=1
     return save(path, tensors, {"quantization_config": fields | layout | config})
 
 
+@pytest.fixture(params=[None, 1])
+def pieces(request, monkeypatch):
+    """Layers read whole, and a few rows at a time."""
+    if request.param is not None:
+        monkeypatch.setattr(zero_points, "_PIECE", request.param)
+
+
+@pytest.mark.usefixtures("pieces")
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [32, 128, -1])
@@ -131,10 +139,12 @@ def test_biases_beyond_float16(tmp_path):
         gptq.load(path, scale_dtype=np.float16)
 
 
-def test_unordered_groups_are_refused_or_dequantized(tmp_path):
-    codes, zeros, scales, groups = made(256, 32, 4, 64)
+@pytest.mark.usefixtures("pieces")
+@pytest.mark.parametrize("bits", [3, 4])
+def test_unordered_groups_are_refused_or_dequantized(tmp_path, bits):
+    codes, zeros, scales, groups = made(2048, 32, bits, 64)
     groups = np.random.default_rng(1).permutation(groups)
-    path = save_gptq(tmp_path, codes, zeros, scales, groups, 4, 64, desc_act=True)
+    path = save_gptq(tmp_path, codes, zeros, scales, groups, bits, 64, desc_act=True)
     with pytest.raises(CheckpointError, match=r"'a\.weight': .*desc_act.* dequantize=True"):
         gptq.load(path)
     assert set(gptq.load(path, select="bias")) == {"a.bias"}
@@ -183,9 +193,10 @@ def save_awq(path, codes, zeros, scales, group_size, **config):
     return save(path, tensors, {"quantization_config": fields | config})
 
 
+@pytest.mark.usefixtures("pieces")
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
 def test_awq_exactly(tmp_path, group_size):
-    k, n = 256, 1032  # more than one slice of outputs, and no whole number of them
+    k, n = 256, 1032
     codes, zeros, scales, groups = made(k, n, 4, k if group_size == -1 else group_size)
     loaded = checkpoints.load(save_awq(tmp_path, codes, zeros, scales, group_size))
     assert set(loaded) == {"a.weight", "n"}
