@@ -133,10 +133,10 @@ def _attention(
         y = attend_in_blocks(q, k, v, positions)
     else:
         at = (number, 0, 0, positions[0], 0)
-        cache = {
-            "k": lax.dynamic_update_slice(cache["k"], k[None], at),
-            "v": lax.dynamic_update_slice(cache["v"], v[None], at),
-        }
+        # The barrier gives the update one user. Without it XLA fuses the update into each user, attention and the
+        # result, which can't then share the buffer, and copies the cache four times a layer.
+        k, v = (lax.dynamic_update_slice(cache[name], new[None], at) for name, new in (("k", k), ("v", v)))
+        cache = lax.optimization_barrier({"k": k, "v": v})
         k = lax.dynamic_index_in_dim(cache["k"], number, keepdims=False)
         v = lax.dynamic_index_in_dim(cache["v"], number, keepdims=False)
         y = attend(q, k, v, positions)
@@ -158,11 +158,13 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> ja
     repeat = heads // groups
     # The queries that share keys become the rows of one plain batched product, without a transposed operand.
     rows = jnp.transpose(q.reshape(batch, length, groups, repeat, dim), (0, 2, 3, 1, 4))
-    rows = rows.reshape(batch, groups, repeat * length, dim)
-    scores = jnp.einsum("bgmd,bgtd->bgmt", rows, k, preferred_element_type=jnp.float32) * jnp.float32(dim**-0.5)
-    seen = jnp.arange(k.shape[2]) <= jnp.tile(positions, repeat)[:, None]
+    rows = rows.reshape(batch * groups, repeat * length, dim)
+    k, v = k.reshape(batch * groups, -1, dim), v.reshape(batch * groups, -1, dim)
+    scores = jnp.einsum("nmd,ntd->nmt", rows, k, preferred_element_type=jnp.float32) * jnp.float32(dim**-0.5)
+    seen = jnp.arange(k.shape[1]) <= jnp.tile(positions, repeat)[:, None]
     weights = jax.nn.softmax(jnp.where(seen, scores, jnp.float32(-jnp.inf)), axis=-1).astype(v.dtype)
-    y = jnp.einsum("bgmt,bgtd->bgmd", weights, v).reshape(batch, groups, repeat, length, dim)
+    y = jnp.einsum("nmt,ntd->nmd", weights, v, preferred_element_type=jnp.float32).astype(q.dtype)
+    y = y.reshape(batch, groups, repeat, length, dim)
     return jnp.transpose(y, (0, 3, 1, 2, 4)).reshape(batch, length, heads, dim)
 
 
