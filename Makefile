@@ -22,6 +22,7 @@ help:
 	@echo 'make bench    the speed of products, beside dense ones and MLX; takes minutes'
 	@echo 'make metal    check what jax-metal would get, on the jaxlib that it was made for'
 	@echo 'make format   rewrite the sources to the style'
+	@echo 'make sanitize the CPU kernels under AddressSanitizer, UBSan and ThreadSanitizer, and fuzzed'
 	@echo 'make clean    remove the environments and what was built'
 	@echo 'All take PYTHON=python3.12 or the like; the default is python3.'
 
@@ -46,6 +47,10 @@ metal: $(VENV)/.extra-test $(METAL_VENV)/.installed
 format: $(VENV)/.extra-lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+sanitize: $(VENV)/.installed
+	PYTHON=$(BIN)/python jaxq/kernels/cpu/scripts/sanitize.sh address
+	PYTHON=$(BIN)/python jaxq/kernels/cpu/scripts/sanitize.sh thread
 
 clean:
 	rm -rf .venv .venv-* build dist .pytest_cache .hypothesis .ruff_cache .mypy_cache

@@ -9,6 +9,10 @@ unit in the last place: 2**-8 (bfloat16) or 2**-11 (float16) relative, and 2**-2
 from __future__ import annotations
 
 import concurrent.futures
+import os
+import pathlib
+import subprocess
+import sys
 
 import cpu_calls
 import jax
@@ -301,3 +305,45 @@ def test_reentrant_and_deterministic():
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert all(pool.map(worker, range(8)))
+
+
+_PRINT_BITS = """
+import hashlib, os, sys
+if sys.argv[1] == "one":
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import cpu_calls
+import numpy as np
+rng = np.random.default_rng(11)
+digest = hashlib.sha256()
+for m in (1, 5, 40):
+    for transpose in (True, False):
+        weight, _ = cpu_calls.random_weight(rng, ("affine", 4, 64), (300, 640))
+        for dtype in (np.dtype(np.float32), cpu_calls.DTYPES[2]):
+            x = rng.standard_normal((m, 640 if transpose else 300)).astype(dtype)
+            digest.update(np.asarray(cpu_calls.matmul(x, weight, ("affine", 4, 64), transpose)).tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_same_bits_on_one_cpu_and_on_all():
+    """XLA's pool has a thread for every CPU that the process may use."""
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("this system cannot bind a process to a CPU")
+    paths = [str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).parents[1])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "JAX_PLATFORMS": "cpu"}
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", _PRINT_BITS, cpus], env=environment, check=True, capture_output=True, text=True
+        ).stdout
+        for cpus in ("one", "all")
+    }
+    assert len(digests) == 1
+
+
+def test_a_library_that_cannot_be_opened_says_why(tmp_path):
+    path = tmp_path / "libjaxq_cpu.so"
+    path.write_bytes(b"not a library")
+    with pytest.raises(
+        cpu_calls.kernels.KernelsUnavailable, match=r"cannot be used .*python -m jaxq.kernels.cpu.build"
+    ):
+        cpu_calls.kernels.load_cpu_library(path)

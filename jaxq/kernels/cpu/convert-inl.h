@@ -22,14 +22,17 @@ void DequantizeGroups(const Weight& weight, const DequantizeArgs& args, int64_t 
   for (int64_t group = first; group < last; group += per_block) {
     const int64_t groups = Least(per_block, last - group), count = groups * g;
     weight.Codes(row, group * g, count, codes);
-    weight.Scales(row, group, groups, scales);
+    weight.Scales(row, group, groups, scales, 1.0f);
     weight.Biases(row, group, groups, biases);
     const int64_t at = row * weight.length + group * g;
     float* out = args.out_dtype == DType::kF32 ? static_cast<float*>(args.out) + at : values;
     for (int64_t j = 0; j < groups; ++j) {
       const F scale = Set1(scales[j]), bias = Set1(biases[j]);
-      for (int64_t i = j * g; i < (j + 1) * g; i += kLanes)
-        Store(out + i, Add(Mul(Values<kKind>(codes + i), scale), bias));
+      for (int64_t i = j * g; i < (j + 1) * g; i += kLanes) {
+        F value = Values<kKind>(codes + i);
+        if constexpr (kKind == Kind::kTwiceE2m1) value = Mul(value, Set1(0.5f));
+        Store(out + i, Add(Mul(value, scale), bias));
+      }
     }
     if (out == values) FromFloats(args.out_dtype, values, count, args.out, at);
   }

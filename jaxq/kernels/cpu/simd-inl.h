@@ -133,12 +133,13 @@ struct Weight {
     if (kind == Kind::kTwiceE2m1) MapE2m1(dst, count);
   }
 
-  // Scales (fit for `kind`) and biases of groups first .. first+count of one row.
-  void Scales(int64_t row, int64_t first, int64_t count, float* out) const {
+  // Scales and biases of groups first .. first+count of one row. `e2m1_factor` of 1/2 makes E2M1 scales fit for twice
+  // the values; it flushes the very smallest scale to zero where denormals are flushed.
+  void Scales(int64_t row, int64_t first, int64_t count, float* out, float e2m1_factor = 0.5f) const {
     const int64_t at = row * groups + first;
     if (format.affine()) return ToFloats(scale_dtype, scales, at, count, out);
     const uint8_t* bytes = static_cast<const uint8_t*>(scales) + at;
-    const float half = kind == Kind::kTwiceE2m1 ? 0.5f : 1.0f;
+    const float half = kind == Kind::kTwiceE2m1 ? e2m1_factor : 1.0f;
     const bool e4m3 = format.mode == Mode::kNvfp4;
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes)

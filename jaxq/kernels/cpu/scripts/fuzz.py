@@ -1,0 +1,175 @@
+"""Fuzz the CPU kernels' FFI handlers: random shapes, formats and contents, a third of them wrong in one place.
+
+    python fuzz.py [--library PATH] [--seconds 60] [--seed 0] [--leaks]
+
+A call that is right must agree with the portable kernels; one that is wrong must come back as an error. What must never
+happen, a read or a write out of bounds, is for a sanitizer to see (sanitize.sh). --leaks makes 1e5 calls instead, and
+fails where the process has grown by more than 16 MiB after the first thousand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import resource
+import time
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from jaxq import kernels
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+DTYPES = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
+FLOAT_MODES = (("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16))
+
+
+class Call:
+    """One call of a handler: its operands, the shapes of its results, and its attributes."""
+
+    def __init__(self, rng: np.random.Generator):
+        affine = rng.random() < 0.7
+        formats = [("affine", b, g) for b in (2, 3, 4, 5, 6, 8) for g in (16, 32, 64, 128)] if affine else FLOAT_MODES
+        self.mode, self.bits, group = formats[rng.integers(len(formats))]
+        step = group if group * self.bits % 32 == 0 else 2 * group
+        lead = tuple(rng.integers(1, 3, rng.integers(0, 2)))
+        m, n, k = int(rng.integers(0, 9)), int(rng.integers(0, 70)), int(step * rng.integers(0, 5))
+        self.group = group
+        dtype, scale_dtype = DTYPES[rng.integers(3)], DTYPES[rng.integers(3)] if affine else np.dtype(np.uint8)
+        self.op = ("quantized_matmul", "dequantize", "quantize")[rng.integers(3)]
+        packed = rng.integers(0, 2**32, (*lead, n, k * self.bits // 32), np.uint32)
+        scales = rng.integers(0, 256, (*lead, n, k // group, scale_dtype.itemsize), np.uint8).view(scale_dtype)[..., 0]
+        leaves = [packed, scales, scales.copy()] if affine else [packed, scales]
+        self.extra = {}
+        if self.op == "quantize":
+            scale = (scales.shape, dtype if affine else scale_dtype)
+            self.operands = [rng.standard_normal((*lead, n, k)).astype(dtype)]
+            self.results = [(packed.shape, np.dtype(np.uint32)), *([scale] * (len(leaves) - 1))]
+        elif self.op == "dequantize":
+            self.operands, self.results = leaves, [((*lead, n, k), dtype)]
+        else:
+            transpose = bool(rng.integers(2))
+            inner, outer = (k, n) if transpose else (n, k)
+            self.operands = [rng.standard_normal((*lead, m, inner)).astype(dtype), *leaves]
+            self.results, self.extra = [((*lead, m, outer), dtype)], {"transpose": transpose}
+
+    def spoil(self, rng: np.random.Generator) -> bool:
+        """Make one thing wrong; False where the thing drawn has nothing to spoil."""
+        which = rng.integers(6)
+        place = int(rng.integers(len(self.operands)))
+        operand = self.operands[place]
+        if which == 0:
+            self.operands[place] = np.zeros((*operand.shape[:-1], operand.shape[-1] + 1), operand.dtype)
+        elif which == 1:
+            self.operands[place] = np.zeros((operand.shape[0] + 1, *operand.shape[1:]), operand.dtype)
+            return not (self.op == "quantized_matmul" and place == 0 and operand.ndim == 2)
+        elif which == 2:
+            self.operands[place] = np.zeros(operand.shape, np.int16)
+        elif which == 3:
+            shape, dtype = self.results[0]
+            self.results[0] = ((*shape[:-1], shape[-1] + 1), dtype)
+        elif which == 4:
+            self.bits = 7
+        else:
+            self.operands[place] = operand.reshape(-1)
+            return operand.ndim != 1
+        return True
+
+    def __str__(self) -> str:
+        shapes = ", ".join(f"{a.dtype}{list(a.shape)}" for a in self.operands)
+        return f"{self.op} {self.mode} bits={self.bits} group={self.group} {self.extra} of {shapes} -> {self.results}"
+
+    def run(self, isa: str) -> list[np.ndarray]:
+        results = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in self.results]
+        attributes = dict(mode=self.mode, bits=np.int64(self.bits), group_size=np.int64(self.group), isa=isa)
+        out = jax.ffi.ffi_call(f"fuzz_jaxq_{self.op}_cpu", results)(*self.operands, **attributes, **self.extra)
+        return [np.asarray(a) for a in out]
+
+
+def agree(call: Call, ours: list[np.ndarray], theirs: list[np.ndarray]) -> bool:
+    """Bits where whole numbers or conversions are due; for products, errors of the size of float32's.
+
+    Contents are random bits, so scales may be NaN, infinite or huge: a product is compared where both are finite, with
+    a bound of 1e-3 of the largest result, which catches a wrong index and forgives cancellation.
+    """
+    if call.op != "quantized_matmul":
+        return all(
+            np.array_equal(a.view(np.uint8), b.view(np.uint8)) or _same(a, b) for a, b in zip(ours, theirs, strict=True)
+        )
+    a, b = (v[0].astype(np.float64) for v in (ours, theirs))
+    finite = np.isfinite(a) & np.isfinite(b)
+    scale = np.abs(b[finite]).max(initial=0.0)
+    wild = scale > 1e30 or not np.isfinite(b).all()
+    tolerance = {np.dtype(np.float32): 1e-3, np.dtype(np.float16): 2e-3}.get(ours[0].dtype, 1e-2)
+    return wild or bool((np.abs(a - b)[finite] <= tolerance * scale + 1e-4).all())
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Equal but for the sign and payload of NaNs."""
+    if a.dtype == np.uint32 or a.dtype == np.uint8:
+        return False
+    a, b = a.astype(np.float32), b.astype(np.float32)
+    return bool(((a == b) | (np.isnan(a) & np.isnan(b))).all())
+
+
+def fuzz(library, seconds: float, seed: int) -> None:
+    isas = [name for name, missing in kernels.isas(library).items() if missing is None]
+    rng, right, wrong, end = np.random.default_rng(seed), 0, 0, time.monotonic() + seconds
+    while time.monotonic() < end:
+        call, isa = Call(rng), isas[rng.integers(len(isas))]
+        if rng.random() < 1 / 3:
+            # XLA drops a call whose result is empty, so nobody sees what is wrong with it.
+            if not call.spoil(rng) or any(0 in shape for shape, _ in call.results):
+                continue
+            try:
+                call.run(isa)
+            except Exception:
+                wrong += 1
+                continue
+            raise SystemExit(f"a wrong call was served: {call}")
+        if not agree(call, call.run(isa), call.run("scalar")):
+            raise SystemExit(f"{isa} and scalar disagree: {call}")
+        right += 1
+    print(f"fuzz: {right} right and {wrong} wrong calls over {', '.join(isas)}")
+
+
+def leaks() -> None:
+    rng = np.random.default_rng(0)
+    codes, scales = rng.integers(0, 2**32, (64, 16), np.uint32), rng.random((64, 2)).astype(np.float32)
+    compiled = {}
+    for m in (1, 8):
+        x = jax.numpy.asarray(rng.standard_normal((m, 128)), np.float32)
+        attributes = dict(mode="affine", bits=np.int64(4), group_size=np.int64(64), isa="", transpose=True)
+        result = jax.ShapeDtypeStruct((m, 64), np.float32)
+        function = jax.jit(jax.ffi.ffi_call("fuzz_jaxq_quantized_matmul_cpu", result), static_argnames=attributes)
+        compiled[m] = (function.lower(x, codes, scales, scales, **attributes).compile(), x)
+    for i in range(100_000):
+        function, x = compiled[1 + 7 * (i % 2)]
+        function(x, codes, scales, scales).block_until_ready()
+        if i == 1000:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(f"leaks: 1e5 calls, {grown} KiB more at the peak than after a thousand")
+    if grown > 16 << 10:
+        raise SystemExit("the process grows")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--library", type=pathlib.Path, help="default: the one that jaxq finds")
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--leaks", action="store_true")
+    args = parser.parse_args()
+    library = kernels.load_cpu_library(args.library) if args.library else kernels.cpu_library()
+    for name in kernels.CPU_HANDLERS:
+        jax.ffi.register_ffi_target("fuzz_" + name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+    if args.leaks:
+        leaks()
+    else:
+        fuzz(library, args.seconds, args.seed)
+
+
+if __name__ == "__main__":
+    main()
