@@ -98,7 +98,11 @@ def define(name: str, abstract_eval: Any, *, multiple_results: bool) -> Primitiv
     def compiled(parameters: tuple[tuple[str, Any], ...]) -> Any:
         return jax.jit(functools.partial(primitive.bind, **dict(parameters)))
 
-    primitive.def_impl(lambda *args, **parameters: compiled(tuple(parameters.items()))(*args))
+    def evaluate(*args: Any, **parameters: Any) -> Any:
+        with jax.disable_jit(False):  # A user's jax.disable_jit would bring this straight back here.
+            return compiled(tuple(parameters.items()))(*args)
+
+    primitive.def_impl(evaluate)
     return primitive
 
 
