@@ -240,6 +240,38 @@ def test_use_implementation():
     assert "implementation=None" in str(jax.make_jaxpr(run)(X, W))
 
 
+def test_the_program_is_that_of_explicit_products():
+    """Nothing is left of dispatch when the program runs."""
+
+    def model(x, w):
+        return jax.nn.silu(x @ w.T)
+
+    explicit = jax.jit(lambda x, w: jax.nn.silu(jaxq.quantized_matmul(x, w))).lower(X, W).as_text()
+    dispatched = jax.jit(dispatch(model)).lower(X, W).as_text()
+    assert dispatched.replace("jit_model", "") == explicit.replace("jit__lambda", "")
+
+
+def test_disable_jit():
+    def f(x, w):
+        return lax.scan(lambda c, w: (jax.nn.relu(c @ w), None), x, w)[0]
+
+    with jax.disable_jit():
+        assert_close(dispatch(f)(X, LAYERS), f(X, dense(LAYERS)), bound(96, 4 * 96**0.5, products=24))
+
+
+def test_float64_is_dense():
+    with jax.enable_x64(True):
+        x = jnp.asarray(np.asarray(X, np.float64))
+
+        def f(x, w):
+            return x @ w.astype(jnp.float64).T
+
+        assert count(jax.make_jaxpr(dispatch(f))(x, W), "quantized_matmul", "dequantize") == (0, 1)
+        y = jax.jit(dispatch(f))(x, W)
+        # The weight is rounded to float32 on its way, the product is in float64.
+        np.testing.assert_allclose(y, np.asarray(X, np.float64) @ np.asarray(dense(W), np.float64).T, atol=1e-5)
+
+
 # ---- parts of trees
 
 
