@@ -86,7 +86,7 @@ def quantize(
     leaves = [(path_string(path), leaf) for path, leaf in flat]
 
     def convention(path: str, leaf: Any) -> tuple[Axis, str]:
-        return -1, weights.get(path, "of no Linear, Embedding, GRUCell or LSTMCell")
+        return -1, weights.get(path, "no weight of a Linear, Embedding, GRUCell or LSTMCell")
 
     results = quantize_leaves(
         "integrations.equinox.quantize",

@@ -109,7 +109,7 @@ class _Slot(NamedTuple):
     reason: str
 
 
-_FOREIGN = "of no Linear, LinearGeneral, Einsum, Embed or Conv"
+_FOREIGN = "no weight of a Linear, LinearGeneral, Einsum, Embed or Conv"
 
 
 def _slots(module: nnx.Module) -> list[_Slot]:
@@ -222,8 +222,7 @@ def _quantized_type(base: type[nnx.Module]) -> type[nnx.Module]:
 def __getattr__(name: str) -> Any:
     """`QuantizedLinear` and so on, where `pickle` looks for the classes that Flax's own layers become."""
     base = getattr(nnx, name.removeprefix("Quantized"), None) if name.startswith("Quantized") else None
-    is_layer = isinstance(base, type) and issubclass(base, tuple(_LAYERS))
-    if is_layer:
+    if isinstance(base, type) and issubclass(base, nnx.Module) and issubclass(base, tuple(_LAYERS)):
         return _quantized_type(base)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

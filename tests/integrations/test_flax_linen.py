@@ -69,9 +69,7 @@ MODELS = {
     "dense": (nn.Dense(96), inputs(3, 64), INT4, 1, 64),
     "products": (Products(), inputs(2, 3, 64), PRODUCTS_RULES, 3, 64),
     "language": (Language(), IDS, INT4, 13, 96),
-    "remat": (Language(remat=True), IDS, INT4, 13, 96),
     # A scan's body stands once in a jaxpr.
-    "scan": (Language(scanned=True), IDS, INT4, 7, 96),
     "scan of remat": (Language(scanned=True, remat=True), IDS, INT4, 7, 96),
 }
 
