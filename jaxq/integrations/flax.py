@@ -14,10 +14,9 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jax import lax
 
 from jaxq.array import is_quantized
 from jaxq.conventions import Axis, Rules
@@ -159,12 +158,13 @@ def _einsum(layer: Any, _: Any) -> tuple[Axis | None, str]:
 
 
 def _conv(layer: Any, _: Any) -> tuple[Axis | None, str]:
-    dilation = layer.input_dilation
-    dilated = any(d != 1 for d in (dilation if isinstance(dilation, Sequence) else (dilation or 1,)))
+    """kernel[1..., in, out]: a product for every point that the strides leave."""
+    plain = not layer.input_dilation or np.all(np.asarray(layer.input_dilation) == 1)
+    padded = not isinstance(layer.padding, str) and np.any(np.asarray(layer.padding))
     if any(size != 1 for size in layer.kernel_size):
         return None, f"of a convolution with a window of {tuple(layer.kernel_size)}"
-    if layer.feature_group_count != 1 or layer.mask is not None or dilated:
-        return None, "of a convolution with groups, a mask or a dilated input"
+    if layer.feature_group_count != 1 or layer.mask is not None or padded or not plain:
+        return None, "of a convolution with groups, a mask, padding or a dilated input"
     return -2, ""
 
 
@@ -202,8 +202,6 @@ def _param(variable: nnx.Variable[Any], value: Any) -> QuantizedParam:
 def _install(slot: _Slot, variable: QuantizedParam) -> None:
     layer = slot.layer
     setattr(layer, slot.name, variable)
-    if isinstance(layer, nnx.Conv):
-        layer.conv_general_dilated = _pointwise
     if not getattr(type(layer), "jaxq_quantized", False):
         # In place: whoever holds the layer sees it. The module's own __setattr__ is for its state.
         object.__setattr__(layer, "__class__", _quantized_type(type(layer)))
@@ -246,30 +244,3 @@ def _float_dtype(layer: Any) -> Any:
     """The dtype that the layer's weight had: that of its scales, or where those are bytes what the layer says."""
     weight = next(getattr(layer, name) for base, (name, _) in _LAYERS.items() if isinstance(layer, base)).get_value()
     return None if not is_quantized(weight) or weight.spec.is_affine else jnp.dtype(layer.param_dtype)
-
-
-def _pointwise(
-    inputs: jax.Array,
-    kernel: jax.Array,
-    strides: Sequence[int],
-    padding: str | Sequence[tuple[int, int]],
-    *,
-    precision: Any = None,
-    preferred_element_type: Any = None,
-    **_: Any,
-) -> jax.Array:
-    """`lax.conv_general_dilated` for a window of one: a product for each point that the strides leave.
-
-    inputs[batch, space..., in], kernel[1..., in, out]. Padding by a name adds nothing to such a window.
-    """
-    if not isinstance(padding, str):
-        edges = [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)]
-        inputs = lax.pad(inputs, jnp.zeros((), inputs.dtype), edges)
-    inputs = inputs[(slice(None), *(slice(None, None, stride) for stride in strides))]
-    return lax.dot_general(
-        inputs,
-        kernel.reshape(kernel.shape[-2:]),
-        (((inputs.ndim - 1,), (0,)), ((), ())),
-        precision=precision,
-        preferred_element_type=preferred_element_type,
-    )

@@ -66,7 +66,6 @@ MODELS = {
     ),
     "einsum": (lambda: nnx.Einsum("btd,dnh->btnh", (64, 2, 32), (2, 32), rngs=rngs()), inputs(2, 3, 64), 1, 64),
     "pointwise": (lambda: nnx.Conv(64, 48, (1, 1), strides=(2, 1), rngs=rngs()), inputs(2, 5, 4, 64), 1, 64),
-    "padded": (lambda: nnx.Conv(64, 48, (1,), padding=((1, 2),), rngs=rngs()), inputs(2, 5, 64), 1, 64),
     "lora": (lambda: nnx.LoRALinear(64, 96, lora_rank=4, rngs=rngs()), inputs(3, 64), 1, 64),
     "language": (lambda: Language(rngs()), IDS, 7, 96),
 }
@@ -124,6 +123,7 @@ def test_what_no_layer_multiplies_by_is_left():
         def __init__(self):
             self.table = nnx.Param(inputs(64, 64))
             self.conv = nnx.Conv(64, 64, (3, 3), rngs=rngs())
+            self.padded = nnx.Conv(64, 64, (1,), padding=((1, 2),), rngs=rngs())
             self.free = nnx.Einsum("bd,de->be", (64, 64), rngs=rngs())
             self.embed = nnx.Embed(64, 64, rngs=rngs())
             self.same = self.embed.embedding
@@ -133,6 +133,7 @@ def test_what_no_layer_multiplies_by_is_left():
     jaxq_flax.quantize(module, [("", INT4, -2)], report=report, donate=True)
     notes = {row.path: row.note for row in report.skipped}
     assert "no weight of" in notes["table"] and "window of (3, 3)" in notes["conv/kernel"]
+    assert "padding" in notes["padded/kernel"]
     assert "shared" in notes["embed/embedding"]
     assert [row.path for row in report.quantized] == ["free/kernel"]
     assert module.same is module.embed.embedding and not module.same.get_value().is_deleted()
