@@ -13,11 +13,12 @@ METAL_PYTHON ?= $(PYTHON)
 METAL_VENV := .venv-metal
 KERNELS := $(wildcard jaxq/kernels/cpu/CMakeLists.txt jaxq/kernels/cpu/*.cc jaxq/kernels/cpu/*.h)
 
-.PHONY: help demo test lint bench metal format clean
+.PHONY: help demo test emulate sanitize lint bench metal format clean
 
 help:
 	@echo 'make demo     train, quantize and compare small models; takes a minute or two'
 	@echo 'make test     every test (ARGS="-k vmap -x" goes to pytest)'
+	@echo 'make emulate  Arm and AMX kernels in emulators, where these are installed (ARGS=--quick: fewer cases)'
 	@echo 'make lint     style and types'
 	@echo 'make bench    the speed of products, beside dense ones and MLX; takes minutes'
 	@echo 'make metal    check what jax-metal would get, on the jaxlib that it was made for'
@@ -31,6 +32,11 @@ demo: $(VENV)/.extra-demo
 
 test: $(VENV)/.extra-test
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+# Exits with 77 mean that a tool is missing; the script has said so.
+emulate: $(VENV)/.installed
+	PYTHON=$(abspath $(BIN))/python jaxq/kernels/cpu/scripts/test_arm.sh $(ARGS) || [ $$? = 77 ]
+	jaxq/kernels/cpu/scripts/test_amx.sh $(ARGS) || [ $$? = 77 ]
 
 lint: $(VENV)/.extra-test $(VENV)/.extra-lint
 	$(BIN)/ruff check .

@@ -41,9 +41,14 @@ JAXQ_INLINE F FromS8(const int8_t* p) {
   const int8x8_t bytes = vreinterpret_s8_u32(vdup_n_u32(FourBytes(p)));
   return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(bytes))));
 }
+// E4M3 shifted into float16 is 2**-8 of its value, subnormal numbers included. S.1111.111 is NaN.
 JAXQ_INLINE F FromE4m3(const uint8_t* p) {
-  const float values[4] = {FloatOfE4m3(p[0]), FloatOfE4m3(p[1]), FloatOfE4m3(p[2]), FloatOfE4m3(p[3])};
-  return vld1q_f32(values);
+  const uint16x4_t codes = vget_low_u16(vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(FourBytes(p)))));
+  const uint16x4_t size = vand_u16(codes, vdup_n_u16(0x7f)), sign = vshl_n_u16(vbic_u16(codes, size), 8);
+  const uint16x4_t half = vorr_u16(vshl_n_u16(size, 7), sign);
+  const F values = vmulq_n_f32(vcvt_f32_f16(vreinterpret_f16_u16(half)), 256.0f);
+  const uint32x4_t nan = vceqq_u32(vmovl_u16(size), vdupq_n_u32(0x7f));
+  return vreinterpretq_f32_u32(vorrq_u32(vreinterpretq_u32_f32(values), vandq_u32(nan, vdupq_n_u32(0x7fc00000))));
 }
 JAXQ_INLINE F FromE8m0(const uint8_t* p) {
   const float values[4] = {FloatOfE8m0(p[0]), FloatOfE8m0(p[1]), FloatOfE8m0(p[2]), FloatOfE8m0(p[3])};

@@ -108,7 +108,7 @@ double QuantizeRatio(int isa, const Case& c, const Parallel& parallel) {
 // The error in norm, as a multiple of that of a float32 dot product over the dense weight.
 double AccuracyRatio(int isa, const Format& format, bool transpose, int64_t M, const Parallel& parallel,
                      bool outliers) {
-  const int64_t outer = 128, inner = 2048, N = transpose ? outer : inner, K = transpose ? inner : outer;
+  const int64_t outer = 128, inner = 1024, N = transpose ? outer : inner, K = transpose ? inner : outer;
   Random random(11);
   const Weights w(&random, format, N, K, DType::kF32);
   Floats x(&random, DType::kF32, M * inner);
@@ -122,7 +122,7 @@ double AccuracyRatio(int isa, const Format& format, bool transpose, int64_t M, c
   for (int64_t m = 0; m < M; ++m) {
     for (int64_t o = 0; o < outer; ++o) {
       double want = 0;
-      volatile float sum = 0;
+      float sum = 0;  // one rounding after another: the build forbids contraction, and nothing allows reordering
       for (int64_t i = 0; i < inner; ++i) {
         const double left = x.values[m * inner + i], right = w.values[transpose ? o * K + i : i * K + o];
         want += left * right;
@@ -192,6 +192,7 @@ void CheckIsa(int isa, bool quick) {
     if (QuantizeRatio(isa, same, parallel) != 0) Fail(name, "quantize", c, INFINITY);
   }
   for (int64_t M : {1, 3, 8, 20, 70}) {
+    if (quick && M % 20 != 0 && M != 3) continue;
     for (const Format& format :
          {Format{Mode::kAffine, 4, 64}, Format{Mode::kAffine, 8, 128}, Format{Mode::kMxfp4, 4, 32}})
       for (int which = 0; which < 4; ++which)

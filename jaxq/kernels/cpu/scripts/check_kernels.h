@@ -249,12 +249,12 @@ inline std::vector<Case> MatmulCases(bool quick) {
         for (DType scale : dtypes) {
           if (!format.affine() && scale != DType::kF32) continue;
           for (const auto& size : sizes)
-            if (Chosen(++seed, quick ? 12 : 1))
+            if (Chosen(++seed, quick ? 24 : 1))
               cases.push_back({format, size[0], size[1], size[2] * Step(format), transpose, x, scale, seed});
         }
   for (int64_t M : {1, 2, 3, 4, 5, 6, 8, 9, 13, 16, 17, 32, 48, 49, 64, 65, 130}) {
     for (bool transpose : {true, false}) {
-      if (quick && !Chosen(++seed, 4)) continue;
+      if (quick && !Chosen(++seed, 6)) continue;
       for (DType x : dtypes) cases.push_back({{Mode::kAffine, 4, 64}, M, 150, 1344, transpose, x, x, ++seed});
       cases.push_back({{Mode::kAffine, 3, 32}, M, 97, 1056, transpose, DType::kF32, DType::kF16, ++seed});
       cases.push_back({{Mode::kAffine, 8, 128}, M, 61, 1152, transpose, DType::kF16, DType::kBF16, ++seed});
