@@ -17,7 +17,6 @@ import numpy as np
 
 from jaxq.array import QuantizedArray
 from jaxq.checkpoints import safetensors, zero_points
-from jaxq.checkpoints.codes import pack
 from jaxq.checkpoints.entries import Checkpoint, Select
 from jaxq.checkpoints.files import refuse
 from jaxq.checkpoints.safetensors import Tensor
@@ -79,10 +78,26 @@ def _unpack(words: np.ndarray) -> np.ndarray:
     return codes.astype(np.uint8).reshape(len(words), -1)
 
 
+def _repack(words: np.ndarray) -> np.ndarray:
+    """int32[K, W] -> uint32[8 * W, K / 8]: the codes of `_unpack`, transposed and packed as ours."""
+    lanes = np.ascontiguousarray(words.view(np.uint32).T).astype(np.uint64)
+    # The eight outputs of a word to the eight bytes of a lane: the even ones from its low half, the odd ones from its
+    # high half. Each half's four nibbles go 16 bits apart.
+    codes = _spread(lanes & np.uint64(0xFFFF)) | _spread(lanes >> np.uint64(16)) << np.uint64(8)
+    pairs = codes[:, 0::2] | codes[:, 1::2] << np.uint64(4)  # of neighbouring inputs, which share a byte of ours
+    by_output = pairs.view(np.uint8).reshape(*pairs.shape, 8).swapaxes(1, 2)
+    return np.ascontiguousarray(by_output).reshape(8 * len(lanes), -1).view(np.uint32)
+
+
+def _spread(nibbles: np.ndarray) -> np.ndarray:
+    """uint64 of four nibbles, side by side -> each of them 16 bits from the next."""
+    nibbles = (nibbles | nibbles << np.uint64(24)) & np.uint64(0x000000FF000000FF)
+    return (nibbles | nibbles << np.uint64(12)) & np.uint64(0x000F000F000F000F)
+
+
 def _read(layer: Layer, abstract: QuantizedArray) -> list[np.ndarray]:
     leaves = zero_points.new_leaves(abstract)
     for rows, words in zero_points.pieces(layer.parts["qweight"]):
-        codes = np.ascontiguousarray(_unpack(words).T)
-        leaves[0][:, rows.start // 8 : rows.stop // 8] = pack(codes, 4)
+        leaves[0][:, rows.start // 8 : rows.stop // 8] = _repack(words)
     layer.affine(layer.parts["scales"].read(), _unpack(layer.parts["qzeros"].read()), leaves[1:], exact=False)
     return leaves
