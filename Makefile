@@ -29,6 +29,7 @@ help:
 
 demo: $(VENV)/.extra-demo
 	$(BIN)/python examples/digits.py
+	$(BIN)/python -m examples.llm.demo
 
 test: $(VENV)/.extra-test
 	$(BIN)/python -m pytest -n 2 $(ARGS)
