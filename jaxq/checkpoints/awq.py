@@ -24,6 +24,8 @@ from jaxq.checkpoints.zero_points import Layer
 
 # Output i of a word stands in nibble _NIBBLE[i].
 _NIBBLE = (0, 4, 1, 5, 2, 6, 3, 7)
+# Words of a row repacked at a time. Temporaries beyond 128 kB would be new pages from the system each time.
+_WORDS = 64
 
 
 def open(path: str | os.PathLike[str], *, scale_dtype: Any = None) -> Checkpoint:
@@ -98,6 +100,8 @@ def _spread(nibbles: np.ndarray) -> np.ndarray:
 def _read(layer: Layer, abstract: QuantizedArray) -> list[np.ndarray]:
     leaves = zero_points.new_leaves(abstract)
     for rows, words in zero_points.pieces(layer.parts["qweight"]):
-        leaves[0][:, rows.start // 8 : rows.stop // 8] = _repack(words)
+        for first in range(0, words.shape[1], _WORDS):
+            outputs = slice(8 * first, 8 * (first + _WORDS))
+            leaves[0][outputs, rows.start // 8 : rows.stop // 8] = _repack(words[:, first : first + _WORDS])
     layer.affine(layer.parts["scales"].read(), _unpack(layer.parts["qzeros"].read()), leaves[1:], exact=False)
     return leaves

@@ -64,8 +64,8 @@ _STRING, _ARRAY = 8, 9
 _METADATA_BYTES = 256 << 20
 _MAX_NESTING = 8
 _MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
-# Weights repacked at a time: the temporaries, about ten bytes a weight, stay within a core's caches.
-_CHUNK = 1 << 17
+# Weights repacked at a time. Temporaries beyond 128 kB would leave the caches, and be new pages each time.
+_CHUNK = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,8 +25,8 @@ from jaxq.spec import QuantSpec
 PARTS = ("qweight", "qzeros", "scales")
 _GROUPS = (128, 64, 32, 16)
 _FLOATS = ("float16", "bfloat16", "float32")
-# Bytes of qweight that are transposed at a time: bounds the temporaries, and goes through a core's caches.
-_PIECE = 1 << 20
+# Bytes of qweight that are transposed at a time: larger temporaries leave the caches, and are new pages each time.
+_PIECE = 1 << 19
 
 
 @dataclasses.dataclass(frozen=True)
