@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxq
 from examples.llm import corpus, generation, model, rope, tokenizer
 from examples.llm.config import Config, RopeScaling, from_gguf, from_json
-from examples.llm.load import build, quantize_with
+from examples.llm.load import build, load, quantize_with
 from examples.llm.sampling import Sampling, choose, nucleus
 
 CONFIG = Config(
@@ -163,6 +164,48 @@ def test_gguf_names_and_order_give_the_same_parameters():
         theirs = build(CONFIG, as_gguf(tensors, CONFIG), dtype=jnp.float32, quantizer=quantizer)
         for got, expected in zip(jax.tree.leaves(theirs), jax.tree.leaves(ours), strict=True):
             np.testing.assert_array_equal(got, expected)
+
+
+def test_gguf_file_gives_the_logits_of_its_dequantized_weights(tmp_path):
+    """Written and dequantized by the gguf package; rotary factors are in the file, as newer converters put them."""
+    gguf = pytest.importorskip("gguf")
+    tensors = random_tensors(CONFIG)
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(CONFIG.num_layers)
+    writer.add_context_length(CONFIG.max_position)
+    writer.add_embedding_length(CONFIG.hidden_size)
+    writer.add_feed_forward_length(CONFIG.intermediate_size)
+    writer.add_head_count(CONFIG.num_heads)
+    writer.add_head_count_kv(CONFIG.num_kv_heads)
+    writer.add_layer_norm_rms_eps(CONFIG.rms_norm_eps)
+    writer.add_vocab_size(CONFIG.vocab_size)
+    factors = np.linspace(1, 3, CONFIG.head_dim // 2, dtype=np.float32)
+    writer.add_tensor("rope_freqs.weight", factors)
+    q4 = gguf.GGMLQuantizationType.Q4_0
+    for name, value in as_gguf(tensors, CONFIG).items():
+        if value.ndim == 2:
+            writer.add_tensor(name, gguf.quants.quantize(value, q4), raw_dtype=q4)
+        else:
+            writer.add_tensor(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    config, params = load(path, dtype=jnp.float32, stacked=True)
+    assert jaxq.is_quantized(params["embed"])
+    scaling = RopeScaling("factors", factors=tuple(factors.tolist()))
+    # The file holds the epsilon in float32.
+    epsilon = float(np.float32(CONFIG.rms_norm_eps))
+    assert config == dataclasses.replace(CONFIG, rope_scaling=scaling, rms_norm_eps=epsilon)
+    rounded = {
+        name: gguf.quants.dequantize(gguf.quants.quantize(value, q4), q4) if value.ndim == 2 else value
+        for name, value in tensors.items()
+    }
+    expected = build(config, rounded, dtype=jnp.float32, stacked=True)
+    tokens = jnp.arange(12)[None]
+    close(model.forward(config, params, tokens, jnp.float32), model.forward(config, expected, tokens, jnp.float32))
 
 
 def test_config_from_gguf_is_that_of_the_json():
