@@ -14,7 +14,7 @@ A layer is a dict:
   qkv_bias, out_bias        float, where the checkpoint has them; likewise gate_up_bias, down_bias
   out                       [D, H*hd]
   down                      [D, F]
-Weights are arrays or `jaxq.QuantizedArray`s: `x @ w.mT` and `w[tokens]` mean the same for both.
+Weights are arrays or `jaxq.QuantizedArray`s: `x @ w.mT` means the same for both.
 
 B: batch; S: positions of this call; T: length of the cache; D, F: hidden and intermediate size; H, KV: heads of
 queries and of keys and values; hd: length of a head.
@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+import jaxq
 from examples.llm import rope
 from examples.llm.config import Config
 
@@ -82,7 +83,7 @@ def logits(config: Config, params: Params, hidden: jax.Array) -> jax.Array:
 def _run(
     config: Config, params: Params, tokens: jax.Array, cache: Cache | None, start: jax.Array, dtype: Any
 ) -> tuple[jax.Array, Cache]:
-    x = params["embed"][tokens].astype(dtype)
+    x = look_up(params["embed"], tokens, dtype)
     positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
     angles = rope.tables(config, positions)
     new_cache = []
@@ -175,6 +176,16 @@ def attend_in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Ar
         for at in range(0, q.shape[1], block)
     ]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+def look_up(table: Any, tokens: jax.Array, dtype: Any) -> jax.Array:
+    """Rows of an embedding [V, D]: int[B, S] -> dtype[B, S, D].
+
+    Not `table[tokens]` where it is quantized: that rounds to the dtype of the scales, which may be narrower.
+    """
+    if jaxq.is_quantized(table):
+        return jax.tree.map(lambda leaf: leaf[tokens], table).dequantize(dtype)
+    return table[tokens].astype(dtype)
 
 
 def project(x: jax.Array, weights: tuple[Any, ...], bias: jax.Array | None) -> jax.Array:
