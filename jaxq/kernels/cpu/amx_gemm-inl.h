@@ -16,7 +16,7 @@ namespace jaxq::cpu {
 namespace JAXQ_ISA {
 namespace {
 
-constexpr int64_t kPanelBlocks = 8;  // of 32 rows of w, at most
+constexpr int64_t kPanelBlocks = 16;  // of 32 rows of w, at most
 constexpr int64_t kMaxPanelSteps = 8;
 constexpr int64_t kBatch = 2;  // groups that are scaled together
 constexpr int64_t kPassColumns = 512;
@@ -57,86 +57,88 @@ class PanelProduct {
     for (first_ = 0; first_ < weight_.groups; first_ += panel_groups_) {
       groups_ = Least(panel_groups_, weight_.groups - first_);
       if (first_ % kScaleGroups == 0) NextScales();
-      for (int64_t group = 0; group < groups_; ++group) Unpack(0, group);
+      for (int64_t step = 0; step < groups_ * steps_; ++step) Unpack(0, step);
       for (int64_t pair = 0; pair < pairs_; ++pair)
         for (int64_t block = 0; block < blocks_; ++block)
           for (int64_t group = 0; group < groups_; group += kBatch) Batch(pair, block, group);
     }
-    Settle(0), Settle(1);
+    Settle(0, 1);
   }
 
  private:
   void NextScales() {
-    Settle(0), Settle(1);  // what still waits needs the scales that are there
+    Settle(0, 1);  // what still waits needs the scales that are there
     waiting_.count = 0;
     const int64_t count = Least(kScaleGroups, weight_.groups - first_);
     for (int64_t i = 0; i < 2 * blocks_; ++i)
       FillScales(weight_, n_ + i * kSide, first_, count, unpacker_.centre(), &s_->scales[i / 2][i % 2]);
   }
 
-  // One or two groups, the next panel block's codes and the last batch's scales beside them.
+  // One or two groups. The vector units' work is dealt out between the steps, so that the loads of the next steps are
+  // never far behind it: the CPU looks ahead some 500 instructions, and a tile's load is a dozen.
   void Batch(int64_t pair, int64_t block, int64_t group) {
-    const int64_t count = Least(kBatch, groups_ - group);
+    const int64_t count = Least(kBatch, groups_ - group), pieces = count * steps_;
     auto* batch = s_->products[turn_ ^= 1];
     Waiting next = {};
     next.count = count, next.scales = s_->scales[block], next.sums = sums_ + (pair * blocks_ + block) * 4 * kFloats;
     for (int64_t i = 0; i < count; ++i) {
-      Multiply(x_[pair], s_->codes[block] + (group + i) * steps_, first_ + group + i);
-      if (pair == 0 && block + 1 < blocks_) Unpack(block + 1, group + i);
-      Settle(i);
-      if (count == 1) Settle(1);
+      const int64_t at = group + i;
+      ZeroTile<0>(), ZeroTile<1>(), ZeroTile<2>(), ZeroTile<3>();
+      for (int64_t step = 0; step < steps_; ++step) {
+        MultiplyStep(x_[pair], s_->codes[block][at * steps_ + step], (first_ + at) * steps_ + step);
+        if (pair == 0 && block + 1 < blocks_) Unpack(block + 1, at * steps_ + step);
+        Settle(i * steps_ + step, pieces);
+      }
       StoreTile<0>(batch[i][0]);
       StoreTile<1>(batch[i][1]);
       StoreTile<2>(batch[i][2]);
       StoreTile<3>(batch[i][3]);
-      const float* x_sums = x_[pair].sums + (first_ + group + i) * kFewColumns;
+      const float* x_sums = x_[pair].sums + (first_ + at) * kFewColumns;
       for (int half = 0; half < 2; ++half)
-        next.halves[half][i] = {batch[i][2 * half], x_sums, (first_ + group + i) % kScaleGroups};
+        next.halves[half][i] = {batch[i][2 * half], x_sums, (first_ + at) % kScaleGroups};
     }
     waiting_ = next;
   }
 
-  // One group's steps, into tiles 0 to 3: rows of w by columns.
-  void Multiply(const PackedX& x, const uint16_t (*codes)[2][kHalves], int64_t group) const {
-    ZeroTile<0>(), ZeroTile<1>(), ZeroTile<2>(), ZeroTile<3>();
-    for (int64_t step = 0; step < steps_; ++step) {
-      LoadTile<4>(codes[step][0]);
-      LoadTile<5>(codes[step][1]);
-      for (int64_t part = 0; part < x.parts; ++part) {
-        const uint16_t* tile = x.Tile(group * steps_ + step, part);
-        LoadTile<6>(tile);
-        DotTiles<0, 4, 6>();
-        LoadTile<7>(tile + kHalves);
-        DotTiles<1, 4, 7>();
-        DotTiles<2, 5, 6>();
-        DotTiles<3, 5, 7>();
-      }
+  // One step into tiles 0 to 3: rows of w by columns.
+  void MultiplyStep(const PackedX& x, const uint16_t (*codes)[kHalves], int64_t step) const {
+    LoadTile<4>(codes[0]);
+    LoadTile<5>(codes[1]);
+    for (int64_t part = 0; part < x.parts; ++part) {
+      const uint16_t* tile = x.Tile(step, part);
+      LoadTile<6>(tile);
+      DotTiles<0, 4, 6>();
+      LoadTile<7>(tile + kHalves);
+      DotTiles<1, 4, 7>();
+      DotTiles<2, 5, 6>();
+      DotTiles<3, 5, 7>();
     }
   }
 
-  // One group of 32 rows of the panel.
-  void Unpack(int64_t block, int64_t group) const {
+  // One step of 32 rows of the panel.
+  void Unpack(int64_t block, int64_t step) const {
     const int64_t n = n_ + block * kRowBlock, rows = Least(kRowBlock, weight_.rows - n);
-    const int64_t bytes = unpacker_.step_bytes(), begin = (first_ + group) * steps_ * bytes;
+    const int64_t bytes = unpacker_.step_bytes(), begin = (first_ * steps_ + step) * bytes;
     const uint8_t* w = weight_.packed + n * weight_.row_bytes + begin;
-    const int64_t ahead = panel_groups_ * steps_ * bytes;
-    if (begin + ahead + steps_ * bytes <= weight_.row_bytes)
+    const int64_t ahead = panel_groups_ * steps_ * bytes;  // the next panel, into the second-level cache
+    if (begin / 64 != (begin - bytes) / 64 && begin + ahead < weight_.row_bytes)
       for (int64_t r = 0; r < rows; ++r)
-        for (int64_t i = 0; i < steps_ * bytes; i += 64)
-          _mm_prefetch(reinterpret_cast<const char*>(w + r * weight_.row_bytes + ahead + i), _MM_HINT_T1);
-    for (int64_t step = 0; step < steps_; ++step)
-      for (int64_t half = 0; half < 2; ++half) {
-        const int64_t row = Least(half * kSide, rows - 1), count = Most(1, Least(kSide, rows - row));
-        unpacker_.Tile(w + row * weight_.row_bytes + step * bytes, weight_.row_bytes, count,
-                       s_->codes[block][group * steps_ + step][half]);
-      }
+        _mm_prefetch(reinterpret_cast<const char*>(w + r * weight_.row_bytes + ahead), _MM_HINT_T1);
+    for (int64_t half = 0; half < 2; ++half) {
+      const int64_t row = Least(half * kSide, rows - 1), count = Most(1, Least(kSide, rows - row));
+      unpacker_.Tile(w + row * weight_.row_bytes, weight_.row_bytes, count, s_->codes[block][step][half]);
+    }
   }
 
-  // Scales one half of the rows of what waits.
-  void Settle(int64_t half) const {
+  // Scales one of 1, 2, 4 or 8 pieces of the rows of what waits.
+  void Settle(int64_t piece, int64_t pieces) const {
     if (waiting_.count == 0) return;
-    AddGroups<2>(weight_.format.affine(), waiting_.count, waiting_.halves[half], waiting_.scales[half],
-                 waiting_.sums + 2 * half * kFloats);
+    const int64_t first = kRowBlock * piece / pieces, last = kRowBlock * (piece + 1) / pieces;
+    for (int64_t r = first; r < last; r += kSide) {
+      const int64_t half = r / kSide;
+      AddGroups<2>(weight_.format.affine(), waiting_.count, waiting_.halves[half], waiting_.scales[half], r % kSide,
+                   Least(kSide, r % kSide + last - r), waiting_.sums + 2 * half * kFloats);
+    }
   }
 
   const Weight& weight_;
@@ -186,7 +188,7 @@ Outcome MatmulTiles(const MatmulArgs& args, const Weight& weight, const Parallel
   Pass pass;
   char* cursor = scratch.data();
   for (int64_t i = 0; i < most; ++i)
-    pass.pairs[i] = {0, 2, parts, false, Take<uint16_t>(&cursor, tiles), Take<float>(&cursor, sums)};
+    pass.pairs[i] = {0, 2, parts, Take<uint16_t>(&cursor, tiles), Take<float>(&cursor, sums)};
   for (pass.m0 = 0; pass.m0 < args.M; pass.m0 += most * kFewColumns) {
     const int64_t rows = Least(most * kFewColumns, args.M - pass.m0);
     pass.count = Ceil(rows, kFewColumns);

@@ -123,12 +123,8 @@ class StepUnpacker {
 JAXQ_INLINE int64_t PartsOf(DType dtype) { return dtype == DType::kF32 ? 3 : dtype == DType::kF16 ? 2 : 1; }
 
 // Rows of x as tiles [step][part][block of 16 columns][512], and their sums over groups [group][16*blocks].
-//
-// Few rows that leave room for it have their parts in columns of their own, which are summed at the end: column
-// part*rows + row. That is one product instead of 2 or 3.
 struct PackedX {
   int64_t rows, blocks, parts;
-  bool spread;  // parts in columns
   uint16_t* tiles;
   float* sums;
 
@@ -195,10 +191,7 @@ void PackGroup(const MatmulArgs& args, const StepSplitter& splitter, int64_t m0,
     for (int64_t r = 0; r < rows; ++r) {
       __m512i parts[3];
       splitter.Split(args.x, (m0 + first + r) * args.K + step * kStep, parts, &lanes[r]);
-      if (out.spread)
-        for (int64_t p = 0; p < PartsOf(args.x_dtype); ++p) tiles[0][p * out.rows + r] = parts[p];
-      else
-        for (int64_t p = 0; p < out.parts; ++p) tiles[p][r] = parts[p];
+      for (int64_t p = 0; p < out.parts; ++p) tiles[p][r] = parts[p];
     }
     for (int64_t p = 0; p < out.parts; ++p) {
       TransposeWords(tiles[p]);
@@ -245,10 +238,11 @@ struct Products {
   int64_t group;        // in TileScales
 };
 
-// sums[block] += products times scales + x's sums times biases, for 16 rows of w: a sum is loaded and stored once for
-// all groups, since stores are what the vector units have least of.
+// sums[block] += products times scales + x's sums times biases, for rows first .. last of 16 rows of w: a sum is loaded
+// and stored once for all groups, since stores are what the vector units have least of.
 template <bool kAffine, int kGroups, int kBlocks>
-JAXQ_INLINE void AddScaled(const Products* products, const TileScales& scales, float* sums) {
+JAXQ_INLINE void AddScaled(const Products* products, const TileScales& scales, int64_t first, int64_t last,
+                           float* sums) {
   const float *tiles[kGroups], *scale[kGroups];
   __m512 x_sums[kGroups][kBlocks];
   for (int i = 0; i < kGroups; ++i) {
@@ -256,7 +250,7 @@ JAXQ_INLINE void AddScaled(const Products* products, const TileScales& scales, f
     for (int c = 0; c < kBlocks; ++c) x_sums[i][c] = _mm512_load_ps(products[i].x_sums + c * kSide);
   }
   constexpr int64_t kBias = kSide * kScaleGroups;  // from a scale to its bias
-  for (int64_t r = 0; r < kSide; ++r) {
+  for (int64_t r = first; r < last; ++r) {
     __m512 sum[kBlocks];
     for (int c = 0; c < kBlocks; ++c) sum[c] = _mm512_load_ps(sums + c * kFloats + r * kSide);
     for (int i = 0; i < kGroups; ++i) {
@@ -273,11 +267,12 @@ JAXQ_INLINE void AddScaled(const Products* products, const TileScales& scales, f
 
 // The same for one or two groups.
 template <int kBlocks>
-void AddGroups(bool affine, int64_t count, const Products* products, const TileScales& scales, float* sums) {
-  if (affine && count == 2) return AddScaled<true, 2, kBlocks>(products, scales, sums);
-  if (affine) return AddScaled<true, 1, kBlocks>(products, scales, sums);
-  if (count == 2) return AddScaled<false, 2, kBlocks>(products, scales, sums);
-  AddScaled<false, 1, kBlocks>(products, scales, sums);
+void AddGroups(bool affine, int64_t count, const Products* products, const TileScales& scales, int64_t first,
+               int64_t last, float* sums) {
+  if (affine && count == 2) return AddScaled<true, 2, kBlocks>(products, scales, first, last, sums);
+  if (affine) return AddScaled<true, 1, kBlocks>(products, scales, first, last, sums);
+  if (count == 2) return AddScaled<false, 2, kBlocks>(products, scales, first, last, sums);
+  AddScaled<false, 1, kBlocks>(products, scales, first, last, sums);
 }
 
 // Sums of 16 rows of w by one block of columns, written to y.
@@ -287,11 +282,8 @@ void WriteTile(const MatmulArgs& args, const PackedX& x, int64_t m0, int64_t blo
   Transpose(columns);
   const int64_t count = Least(kSide, args.N - n), first = block * kSide, rows = Least(kSide, x.rows - first);
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t parts = x.spread ? PartsOf(args.x_dtype) : 1;
-    __m512 row = columns[(parts - 1) * x.rows + r];  // the smallest part first
-    for (int64_t p = parts - 2; p >= 0; --p) row = _mm512_add_ps(row, columns[p * x.rows + r]);
     alignas(64) float out[kSide];
-    _mm512_store_ps(out, row);
+    _mm512_store_ps(out, columns[r]);
     FromFloats(args.x_dtype, out, count, args.y, (m0 + first + r) * args.N + n);
   }
 }

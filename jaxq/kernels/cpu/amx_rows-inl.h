@@ -131,7 +131,7 @@ class RowsProduct {
     for (int64_t half = 0; half < 2; ++half) {
       const Products round[2] = {{tiles[kBlocks * half], x, group - first},
                                  {tiles[2 + half], x + kSide, group - first + 1}};  // of one block of columns only
-      AddGroups<kBlocks>(weight_.format.affine(), Least(round_, last - group), round, s_->scales[half],
+      AddGroups<kBlocks>(weight_.format.affine(), Least(round_, last - group), round, s_->scales[half], 0, kSide,
                          s_->sums[half * kBlocks]);
     }
   }
@@ -152,8 +152,7 @@ Outcome MatmulRows(const MatmulArgs& args, const Weight& weight, const Parallel&
   const StepSplitter splitter(args, unpacker);
   const int64_t parts = PartsOf(args.x_dtype), steps = args.K / kStep;
   PackedX x;
-  x.rows = args.M, x.spread = args.M * parts <= kSide;
-  x.blocks = Ceil(args.M, kSide), x.parts = x.spread ? 1 : parts;
+  x.rows = args.M, x.blocks = Ceil(args.M, kSide), x.parts = parts;
   const int64_t tiles = steps * x.parts * x.blocks * kHalves, sums = weight.groups * x.blocks * kSide;
   const Scratch scratch(Room<uint16_t>(tiles) + Room<float>(sums) + parallel.slots() * Room<RowsScratch>(1));
   if (!scratch.ok()) return Outcome::kNoMemory;
