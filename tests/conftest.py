@@ -23,3 +23,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         reason = common.IMPLEMENTATIONS[name].unavailable() if name in common.IMPLEMENTATIONS else "it is unknown"
         if reason is not None:
             raise pytest.UsageError(f"--require={name}, but it can't be used here: {reason}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Compiled programs live as long as the process; thousands of them are gigabytes."""
+    yield
+    jax.clear_caches()

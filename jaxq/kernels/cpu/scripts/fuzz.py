@@ -10,6 +10,7 @@ fails where the process has grown by more than 16 MiB after the first thousand.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import pathlib
 import resource
 import time
@@ -113,7 +114,7 @@ def _same(a: np.ndarray, b: np.ndarray) -> bool:
     return bool(((a == b) | (np.isnan(a) & np.isnan(b))).all())
 
 
-def fuzz(library, seconds: float, seed: int) -> None:
+def fuzz(library: ctypes.CDLL, seconds: float, seed: int) -> None:
     isas = [name for name, missing in kernels.isas(library).items() if missing is None]
     rng, right, wrong, end = np.random.default_rng(seed), 0, 0, time.monotonic() + seconds
     while time.monotonic() < end:
@@ -145,8 +146,8 @@ def leaks() -> None:
         function = jax.jit(jax.ffi.ffi_call("fuzz_jaxq_quantized_matmul_cpu", result), static_argnames=attributes)
         compiled[m] = (function.lower(x, codes, scales, scales, **attributes).compile(), x)
     for i in range(100_000):
-        function, x = compiled[1 + 7 * (i % 2)]
-        function(x, codes, scales, scales).block_until_ready()
+        program, x = compiled[1 + 7 * (i % 2)]
+        program(x, codes, scales, scales).block_until_ready()
         if i == 1000:
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
