@@ -61,11 +61,13 @@ def _rule(op: str, operands: Sequence[Any], spec: QuantSpec, transpose: bool | N
     """The correspondence of axes in Shardy's notation, and the sizes of the factors that stand in no axis alone.
 
     An axis of K weights is G groups of g weights, and its words are G groups of r words, so a split of one that is
-    along G is a split of the others. Where a group is no whole number of words, only `partition` can tell.
+    along G is a split of the others. Where a group is no whole number of words, only `partition` can tell; and a
+    single group is not split at all (Shardy refuses a factor of 1 among several).
     """
     lead = [f"b{i}" for i in range(operands[-1].ndim - 2)]
     words, remainder = divmod(spec.group_size * spec.bits, WORD_BITS)
-    if remainder:
+    groups = spec.groups(operands[-1].shape[-1]) if op == "quantize" else operands[-1].shape[-1]
+    if remainder or groups == 1:
         k, w, g, sizes = "k", "w", "g", {}
     else:
         k, w, g = "(g e)", "g" if words == 1 else "(g r)", "g"
