@@ -205,7 +205,7 @@ def test_computed_weights_come_back_dense():
     for f in (lambda w: w[:32], lambda w: w.astype(jnp.bfloat16), lambda w: w.reshape(4, 16, 96)):
         got = jaxq.dispatch(f)(W)
         assert isinstance(got, jax.Array)
-        np.testing.assert_allclose(got, f(dense(W)), rtol=2**-8)  # bfloat16: two roundings
+        np.testing.assert_allclose(got, f(dense(W)), rtol=2**-7)  # an ulp of bfloat16: rounded once, or twice
 
 
 def test_explicit_operations_inside():
