@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
 
@@ -81,8 +83,9 @@ def test_flax_transformer():
     assert rows["float32"][1] < 4 and rows["int8"][1] < 4 and rows["int4"][1] < 4
 
 
-def test_qlora():
-    output = run("qlora.py", "--hidden", "256", "--pretrain", "30", "--steps", "30")
+@pytest.mark.parametrize("names", [["adapters"], ["adapters", "scales", "biases"]], ids=["adapters", "everything"])
+def test_qlora(names):
+    output = run("qlora.py", "--hidden", "256", "--pretrain", "30", "--steps", "30", "--train", *names)
     rows = {
         name: [float(number.replace(",", "")) for number in re.findall(r"[\d.,]+", numbers)]
         for name, numbers in re.findall(r"^(dense LoRA|4-bit QLoRA) (.*)$", output, re.MULTILINE)
@@ -90,7 +93,8 @@ def test_qlora():
     dense, quantized = rows["dense LoRA"], rows["4-bit QLoRA"]
     weights, biases = 64 * 256 + 2 * 256 * 256 + 256 * 10, 4 * (3 * 256 + 10)
     assert dense[0] == 4 * weights + biases and quantized[0] == packed_bytes(weights, 4) + biases
-    assert dense[1] == quantized[1]  # the same adapters, and the same optimizer's state
+    # The same adapters; scales and biases come thrice, with Adam's two moments.
+    assert quantized[1] == dense[1] + (0 if names == ["adapters"] else 3 * 8 * weights // 64)
     for row in (dense, quantized):
         *_, first_loss, last_loss, first_accuracy, last_accuracy = row
         assert last_loss < first_loss / 2 and last_accuracy > first_accuracy
