@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -82,9 +83,7 @@ class View:
     @property
     def aval(self) -> Any:
         """The abstract value of the dense array that the view stands for."""
-        avals = [jax.typeof(leaf) for leaf in self.leaves]
-        partition = _compat.partition(avals[0])
-        return _compat.result_aval(avals, self.shape, self.dtype, [partition[i] for i in self.form.order])
+        return _dense_aval(tuple(jax.typeof(leaf) for leaf in self.leaves), self.shape, self.form.order, self.dtype)
 
     def derive(self, leaves: Iterable[Any] | None = None, **changes: Any) -> View:
         """A view of something computed from this one."""
@@ -134,6 +133,13 @@ class View:
     def result(self) -> QuantizedArray | jax.Array:
         """What the dispatched function returns for this view."""
         return self.dense() if self.form.axis is None else self.as_quantized()
+
+
+@functools.lru_cache(maxsize=1024)
+def _dense_aval(avals: tuple[Any, ...], shape: tuple[int, ...], order: tuple[int, ...], dtype: np.dtype) -> Any:
+    # Kept, since a model has few shapes of weights and many weights.
+    partition = _compat.partition(avals[0])
+    return _compat.result_aval(avals, shape, dtype, [partition[i] for i in order])
 
 
 def view_of(qw: QuantizedArray, dtype: Any = None, name: str | None = None) -> View:
