@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Self
@@ -315,20 +316,21 @@ def _unpickle(cls: type[QuantizedArray], aux: Any, children: Any) -> QuantizedAr
 # ---- axes. Storage order is the logical order with the axes of `axis` moved to the end.
 
 
-def storage_order(ndim: int, axis: Sequence[int]) -> tuple[int, ...]:
+@functools.cache
+def storage_order(ndim: int, axis: tuple[int, ...]) -> tuple[int, ...]:
     """For each logical axis, which storage axis it is: `logical = storage.transpose(storage_order(...))`."""
     last = [a % ndim for a in axis]
     order = [a for a in range(ndim) if a not in last] + last
     return tuple(order.index(a) for a in range(ndim))
 
 
-def to_storage(w: jax.Array, axis: Sequence[int]) -> jax.Array:
+def to_storage(w: jax.Array, axis: tuple[int, ...]) -> jax.Array:
     """A dense array from logical to storage order."""
     order = [int(a) for a in np.argsort(storage_order(w.ndim, axis))]
     return w if order == list(range(w.ndim)) else jnp.transpose(w, order)
 
 
-def from_storage(w: jax.Array, axis: Sequence[int]) -> jax.Array:
+def from_storage(w: jax.Array, axis: tuple[int, ...]) -> jax.Array:
     """A dense array from storage to logical order."""
     order = storage_order(w.ndim, axis)
     return w if list(order) == list(range(w.ndim)) else jnp.transpose(w, order)

@@ -144,12 +144,12 @@ def traced(
     if full_key not in kept:
         out_forms: list[tuple[Form | None, ...]] = []
 
-        def flat(*leaves: Any) -> list[Any]:
+        def flat(leaves: list[Any]) -> list[Any]:
             outs, forms_of_outs = flatten(function(*unflatten(forms, leaves)))
             out_forms.append(forms_of_outs)
             return outs
 
-        new = jax.make_jaxpr(flat)(*leaves)
+        new = jax.make_jaxpr(flat)(leaves)
         kept[full_key] = new, out_forms[-1]
     return kept[full_key]
 
@@ -172,5 +172,5 @@ def evaluate_traced(
 def evaluate_function(function: Callable[..., Sequence[Any]], values: Sequence[Any], policy: Policy) -> list[Any]:
     """A function of dense arrays, evaluated on views: traced, and its jaxpr evaluated."""
     avals = [value.aval if is_view(value) else value for value in values]
-    inner, consts = _compat.open_jaxpr(jax.make_jaxpr(lambda *args: list(function(*args)))(*avals))
+    inner, consts = _compat.open_jaxpr(jax.make_jaxpr(lambda args: list(function(*args)))(avals))
     return evaluate(inner, consts, values, policy)

@@ -37,9 +37,12 @@ def staging(dtype: np.dtype | None, named: bool) -> Iterator[None]:
         yield
 
 
+_ARRAYS = (jax.Array, np.ndarray)
+
+
 def is_complete(qw: QuantizedArray) -> bool:
     """Whether all leaves are arrays, and not what a partition or a filter has put there."""
-    return all(isinstance(leaf, jax.Array | np.ndarray) for leaf in qw.leaves)
+    return all(isinstance(leaf, _ARRAYS) for leaf in qw.leaves)
 
 
 def is_absent(qw: QuantizedArray) -> bool:

@@ -82,7 +82,7 @@ def _call(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: Any, pol
     ]
     result: dict[str, Any] = {}
 
-    def staged(*arrays: Any) -> list[Any]:
+    def staged(arrays: list[Any]) -> list[Any]:
         inside = list(leaves)
         for i, array in zip(traced, arrays, strict=True):
             inside[i] = array
@@ -93,7 +93,7 @@ def _call(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: Any, pol
         return [out for array, out in zip(is_array, outs, strict=True) if array]
 
     with staging(dtype, policy.names_weights):
-        jaxpr = jax.make_jaxpr(staged)(*(value.aval if is_view(value) else value for value in values))
+        jaxpr = jax.make_jaxpr(staged)([value.aval if is_view(value) else value for value in values])
     inner, consts = _compat.open_jaxpr(jaxpr)
     arrays = iter(evaluate(inner, consts, values, policy))
     outs = [next(arrays) if array else other for array, other in zip(result["is_array"], result["others"], strict=True)]

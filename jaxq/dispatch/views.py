@@ -83,7 +83,7 @@ class View:
     @property
     def aval(self) -> Any:
         """The abstract value of the dense array that the view stands for."""
-        return _dense_aval(tuple(jax.typeof(leaf) for leaf in self.leaves), self.shape, self.form.order, self.dtype)
+        return _dense_aval(tuple([jax.typeof(leaf) for leaf in self.leaves]), self.form)
 
     def derive(self, leaves: Iterable[Any] | None = None, **changes: Any) -> View:
         """A view of something computed from this one."""
@@ -136,10 +136,10 @@ class View:
 
 
 @functools.lru_cache(maxsize=1024)
-def _dense_aval(avals: tuple[Any, ...], shape: tuple[int, ...], order: tuple[int, ...], dtype: np.dtype) -> Any:
+def _dense_aval(avals: tuple[Any, ...], form: Form) -> Any:
     # Kept, since a model has few shapes of weights and many weights.
-    partition = _compat.partition(avals[0])
-    return _compat.result_aval(avals, shape, dtype, [partition[i] for i in order])
+    partition, shape = _compat.partition(avals[0]), form.spec.storage_shape(avals[0].shape)
+    return _compat.result_aval(avals, [shape[i] for i in form.order], form.dtype, [partition[i] for i in form.order])
 
 
 def view_of(qw: QuantizedArray, dtype: Any = None, name: str | None = None) -> View:
