@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from examples.llm import config as configs
 from examples.llm.config import Config, RopeScaling
 from examples.llm.model import Params
 from jaxq import checkpoints
+from jaxq.checkpoints.files import empty
 
 # Ours -> Hugging Face's and GGUF's. The names of parts that a product serves together stand in its order.
 _TOP = {
@@ -166,7 +167,7 @@ class _Reader:
                     self.bias(name, shape[0], ours, p)
                     for p, (name, shape) in enumerate(zip(names, wanted, strict=True))
                 ]
-                layer[f"{ours}_bias"] = jnp.concatenate(biases)
+                layer[f"{ours}_bias"] = _join(biases)
         return layer
 
     def bias(self, name: str, size: int, ours: str, part: int) -> jax.Array:
@@ -194,7 +195,20 @@ def _fuse(parts: list[Any]) -> tuple[Any, ...]:
         else:
             groups.append([part])
     # QuantizedArrays of one format concatenate leaf by leaf: rows are the axis before the last in every leaf.
-    return tuple(jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *group) for group in groups)
+    return tuple(jax.tree.map(lambda *leaves: _join(leaves), *group) for group in groups)
+
+
+def _join(leaves: Sequence[Any]) -> jax.Array:
+    """Concatenated along the first axis.
+
+    By NumPy, into memory that JAX on a CPU adopts: each program that XLA compiles for this, one a shape, would stay
+    in memory with two megabytes.
+    """
+    if len(leaves) == 1:
+        return leaves[0]
+    out = empty((sum(leaf.shape[0] for leaf in leaves), *leaves[0].shape[1:]), leaves[0].dtype)
+    np.concatenate([np.asarray(leaf) for leaf in leaves], out=out)
+    return jax.device_put(out)
 
 
 def _signature(weight: Any) -> Any:
@@ -219,5 +233,5 @@ def _segments(layers: list[Params]) -> Iterator[Params]:
 
 def _stack(layers: list[Params]) -> Params:
     if len(layers) == 1:  # a new first axis is a view where a stack would be a copy
-        return jax.tree.map(lambda leaf: leaf[None], layers[0])
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+        return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf)[None]), layers[0])
+    return jax.tree.map(lambda *leaves: _join([np.asarray(leaf)[None] for leaf in leaves]), *layers)

@@ -184,8 +184,19 @@ def look_up(table: Any, tokens: jax.Array, dtype: Any) -> jax.Array:
     Not `table[tokens]` where it is quantized: that rounds to the dtype of the scales, which may be narrower.
     """
     if jaxq.is_quantized(table):
-        return jax.tree.map(lambda leaf: leaf[tokens], table).dequantize(dtype)
-    return table[tokens].astype(dtype)
+        return jax.tree.map(lambda leaf: _rows(leaf, tokens), table).dequantize(dtype)
+    return _rows(table, tokens).astype(dtype)
+
+
+def _rows(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """`table[tokens]`, its bits taken for integers: for a gather in bfloat16 XLA converts the whole table on CPUs.
+
+    The barrier ties the table to the tokens: else XLA takes the bits of the whole table, a copy, ahead of a loop.
+    """
+    if table.dtype.itemsize != 2:
+        return table[tokens]
+    table, tokens = lax.optimization_barrier((table, tokens))
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(table, jnp.uint16)[tokens], table.dtype)
 
 
 def project(x: jax.Array, weights: tuple[Any, ...], bias: jax.Array | None) -> jax.Array:
