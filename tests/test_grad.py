@@ -1,5 +1,7 @@
 """Derivatives with respect to x, scales, biases and the dense weight."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,8 @@ from cases import FEW_SPECS, IMPLEMENTATIONS, activations, refused, weight
 from jax.test_util import check_grads
 
 import jaxq
+
+quantized_matmul_module = importlib.import_module("jaxq.primitives.quantized_matmul")  # the package has its function
 
 AFFINE = [spec for spec in FEW_SPECS if spec.is_affine]
 
@@ -72,6 +76,51 @@ def test_cotangents_keep_their_dtypes(dtype):
         lambda x, s, b: jnp.sum(jaxq.quantized_matmul(x, rebuilt(qw, s, b))), argnums=(0, 1, 2)
     )(x, qw.scales, qw.biases)
     assert (dx.dtype, dscales.dtype, dbiases.dtype) == (x.dtype, dtype, dtype)
+
+
+def of_parameters(x, qw, transpose):
+    """The gradient of some function of the product, for scales and biases."""
+
+    def f(scales, biases):
+        return jnp.sum(jnp.sin(jaxq.quantized_matmul(x, rebuilt(qw, scales, biases), transpose=transpose)))
+
+    return jax.grad(f, argnums=(0, 1))(qw.scales, qw.biases)
+
+
+@pytest.mark.parametrize("transpose", [True, False], ids=["transpose", "plain"])
+@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
+@pytest.mark.parametrize("rows", [12, 13])
+def test_the_cotangent_of_a_large_weight_is_made_in_parts(rows, batch, transpose, monkeypatch):
+    qw = weight(jaxq.QuantSpec(4, 64), (*batch, rows, 128)).qw
+    x = activations((*batch, 2, 3, 128 if transpose else rows))
+
+    def gradients(x):
+        first = of_parameters(x, qw, transpose)
+        return *first, jax.grad(lambda x: sum(map(jnp.sum, of_parameters(x, qw, transpose))))(x)
+
+    *whole, whole_second = jax.jit(lambda x: gradients(x))(x)
+    # In five parts, for 13 rows with some left over.
+    monkeypatch.setattr(quantized_matmul_module, "_SLOPE_ENTRIES", qw.size // 5)
+    assert "scan" in {eqn.primitive.name for eqn in jax.make_jaxpr(lambda x: of_parameters(x, qw, transpose))(x).eqns}
+    *parts, parts_second = jax.jit(lambda x: gradients(x))(x)
+    # The same sums of 6 products each, and of 64 times codes up to 15, in another order perhaps.
+    for got, expected in zip(parts, whole, strict=True):
+        np.testing.assert_allclose(got, expected, atol=(6 + 64) * 2**-23 * 64 * 15 * 6 * float(jnp.abs(x).max()))
+    # Sums of thousands of such, of both signs.
+    np.testing.assert_allclose(parts_second, whole_second, atol=1e-4 * np.abs(whole_second).max())
+
+
+@pytest.mark.parametrize("transpose", [True, False], ids=["transpose", "plain"])
+def test_memory_of_the_gradient_of_scales_and_biases(transpose):
+    """No array of the size of the dense weight: 64 MiB here, of which 4 exist at a time, and codes beside them."""
+    groups = jnp.ones((4096, 64))
+    qw = jaxq.QuantizedArray.from_packed(jnp.zeros((4096, 512), "uint32"), groups, groups, bits=4, group_size=64)
+    implementation = next((name for name in ("cpu", "mlx") if name in IMPLEMENTATIONS), None)
+    if implementation is None:
+        pytest.skip("plain XLA makes the weight dense for the product itself")
+    with jaxq.use_implementation(implementation):
+        compiled = jax.jit(of_parameters, static_argnums=2).lower(activations((8, 4096)), qw, transpose).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * qw.size / 4
 
 
 @pytest.mark.parametrize("spec", AFFINE, ids=str)

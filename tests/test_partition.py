@@ -1,5 +1,6 @@
 """Programs for several devices: what is split stays split, whatever the implementation."""
 
+import importlib
 import re
 
 import jax
@@ -114,6 +115,26 @@ def test_vmap_and_grad(implementation):
         gradient = jax.jit(jax.grad(lambda x: jnp.sum(jnp.square(x @ qw.T))))(x)
         expected = 2 * (np.asarray(x, np.float64) @ w.dense.T) @ w.dense
         np.testing.assert_allclose(gradient, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("x_spec", "w_spec"), [((), ("model", None)), ((None, "model"), (None, "model"))], ids=str)
+def test_gradient_of_scales_in_parts(x_spec, w_spec, monkeypatch):
+    """The parts of a large weight's cotangent take rows from every device, and the packed words stay where they are."""
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Auto,))
+    w, x = weight(SPEC, (32, 512)), activations((8, 512))
+    xs, qw = put(mesh, x, *x_spec), put(mesh, w.qw, *w_spec)
+
+    def gradient(x, qw):
+        return jax.grad(lambda qw: jnp.sum(jnp.sin(x @ qw.T)), allow_int=True)(qw)
+
+    whole = jax.jit(gradient)(x, w.qw)
+    monkeypatch.setattr(importlib.import_module("jaxq.primitives.quantized_matmul"), "_SLOPE_ENTRIES", 32 * 512 // 4)
+    parts = jax.jit(lambda *args: gradient(*args))(xs, qw)
+    for got, expected in ((parts.scales, whole.scales), (parts.biases, whole.biases)):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+        assert got.sharding.is_equivalent_to(NamedSharding(mesh, P(*w_spec)), 2)
+    # Where the contracted axis is split, partial products are summed; else nothing moves.
+    assert set(collectives(lambda *args: gradient(*args), xs, qw)) == ({"all-reduce"} if x_spec else set())
 
 
 @pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS if ":" not in name])

@@ -41,6 +41,11 @@ def dispatch(f: F, *, dtype: Any = None, fallback: Fallback = "dequantize") -> F
     each call. As under `jax.jit`, values in `f` are tracers, and its control flow can't depend on them. A
     `use_implementation` belongs around the call, not inside `f`.
 
+    Gradients reach the scales and biases of a weight by `jax.grad(dispatch(f))`. Inside `f` a weight that came as an
+    argument, or was captured, is a float array: it has no `scales` to replace, and a derivative is that of the dense
+    weight. So put trained scales into a weight before it goes in, `dispatch(f)(QuantizedArray(packed, scales, biases,
+    spec=spec), x)`, or hand in the three arrays and make the weight of them inside; that is differentiated anywhere.
+
     Args:
       f: any function of pytrees. Arguments that are neither JAX arrays nor QuantizedArrays pass through as they are.
       dtype: float32, float16 or bfloat16: the dtype that weights show inside `f`; by default that of their scales

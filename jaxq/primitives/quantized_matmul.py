@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -147,17 +148,55 @@ def _transpose(
     if type(ct) is ad.Zero:
         return [None, None, *(ad.Zero(p.aval) if ad.is_undefined_primal(p) else None for p in params)]
     # ct[B..., M, N] and x[B..., M, K] (the other way round where not transpose) -> the cotangent of w[B..., N, K].
-    batch = tuple(range(packed.ndim - 2))
-    free = tuple(range(packed.ndim - 2, x.ndim - 1))
-    rows, columns = (ct, x) if transpose else (x, ct)
-    dw = lax.dot_general(
-        rows.astype(jnp.float32),
-        columns.astype(jnp.float32),
-        ((free, free), (batch, batch)),
-        precision=lax.Precision.HIGHEST,
-    )
     dtypes = [p.aval.dtype if ad.is_undefined_primal(p) else p.dtype for p in params]
-    return [None, None, *weight_cotangents(dw, packed, dtypes, spec)]
+    rows, columns = (ct, x) if transpose else (x, ct)
+    return [
+        None,
+        None,
+        *_weight_cotangents(rows.astype(jnp.float32), columns.astype(jnp.float32), packed, dtypes, spec),
+    ]
+
+
+# How many entries of a weight's cotangent exist at a time: 4 MiB in float32, which caches hold.
+_SLOPE_ENTRIES = 2**20
+
+
+def _weight_cotangents(
+    rows: jax.Array, columns: jax.Array, packed: jax.Array, dtypes: Sequence[Any], spec: QuantSpec
+) -> list[jax.Array]:
+    """Cotangents of scales and biases, [B..., N, G] each, where that of w[B..., N, K] is rows.T @ columns.
+
+    rows: float32[B..., M..., N], columns: float32[B..., M..., K]. The product is as large as the dense weight, so only
+    some rows of it are made at a time. These stand `count` apart: a partition of the axis by XLA leaves each step whole
+    then, which it would not with neighbours.
+    """
+    sharded = any(part is not None for a in (rows, columns, packed) for part in _compat.partition(jax.typeof(a)))
+    *lead, size, words = packed.shape
+    count = 1 if sharded else min(size, -(-math.prod((*lead, size, spec.length(words))) // _SLOPE_ENTRIES))
+
+    def slope(rows: jax.Array, columns: jax.Array) -> jax.Array:
+        batch, free = tuple(range(len(lead))), tuple(range(len(lead), rows.ndim - 1))
+        return lax.dot_general(rows, columns, ((free, free), (batch, batch)), precision=lax.Precision.HIGHEST)
+
+    def of_rows(rows: jax.Array, packed: jax.Array) -> jax.Array:
+        return weight_cotangents(slope(rows, columns), packed, dtypes, spec)[0]
+
+    biases = slope(rows, columns.reshape(spec.grouped(columns.shape)).sum(-1)).astype(dtypes[1])
+    if count == 1:
+        return [of_rows(rows, packed), biases]
+    even = size - size % count
+    of_x = rows[..., :even].reshape(*rows.shape[:-1], even // count, count)
+    of_w = packed[..., :even, :].reshape(*lead, even // count, count, words)
+
+    def step(i: jax.Array) -> jax.Array:
+        at = functools.partial(lax.dynamic_index_in_dim, index=i, keepdims=False)
+        return of_rows(at(of_x, axis=-1), at(of_w, axis=-2))
+
+    scales = jnp.moveaxis(lax.map(step, jnp.arange(count)), 0, -2).reshape(*lead, even, -1)
+    if even == size:
+        return [scales, biases]
+    rest = of_rows(rows[..., even:], packed[..., even:, :])
+    return [jnp.concatenate([scales, rest], -2), biases]
 
 
 def _batch(args: Sequence[Any], dims: Sequence[int | None], **parameters: Any) -> Any:

@@ -130,6 +130,24 @@ def test_gradient_of_scales_and_biases():
         np.testing.assert_allclose(g, e, atol=16 * 15 * 5 * 5 * 1.2e-7 * 16)
 
 
+@pytest.mark.parametrize("order", ["grad of dispatch", "dispatch of grad"])
+def test_gradient_through_a_weight_made_inside(order):
+    """A weight that the function makes of arrays, scales and biases computed from what is trained."""
+    (packed, scales, _), format_of_w = W.leaves, W.spec
+
+    def f(trained, x):
+        w = jaxq.QuantizedArray(packed, scales * jnp.exp(trained["log"]), trained["biases"], spec=format_of_w)
+        return jnp.sum(jnp.sin(x @ w.T))
+
+    trained = {"log": jnp.zeros((64, 1)), "biases": W.biases}
+    g = jax.grad(dispatch(f)) if order == "grad of dispatch" else dispatch(jax.grad(f))
+    assert count(jax.make_jaxpr(g)(trained, X), "dequantize") == (0,)
+    got = jax.jit(g)(trained, X)
+    leaves = jax.grad(dispatch(lambda w, x: jnp.sum(jnp.sin(x @ w.T))), allow_int=True)(W, X)
+    np.testing.assert_allclose(got["biases"], leaves.biases, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got["log"], (leaves.scales * scales).sum(-1, keepdims=True), rtol=1e-5, atol=1e-5)
+
+
 def test_jvp():
     def jvp(f):
         return lambda x, w: jax.jvp(lambda x: f(x, w), (x,), (x,))
