@@ -37,10 +37,21 @@ Cache = tuple[dict[str, jax.Array], ...]
 
 
 def init_cache(config: Config, params: Params, *, batch: int, length: int, dtype: Any) -> Cache:
-    """Empty keys and values, one dict `k`, `v` per segment, each dtype[layers of the segment, B, KV, T, hd]."""
+    """Empty keys and values, one dict `k`, `v` per segment, each dtype[layers of the segment, B, KV, T, hd].
+
+    bfloat16 is held as its bits, in uint16: XLA on CPUs updates a buffer of integers in place, while for one of
+    bfloat16 it converts all of it to float32 and back.
+    """
     counts = [segment["attention_norm"].shape[0] for segment in params["segments"]]
     shape = (batch, config.num_kv_heads, length, config.head_dim)
-    return tuple({name: jnp.zeros((count, *shape), dtype) for name in ("k", "v")} for count in counts)
+    held = jnp.uint16 if dtype == jnp.bfloat16 else dtype
+    return tuple({name: jnp.zeros((count, *shape), held) for name in ("k", "v")} for count in counts)
+
+
+def activations(cache: Cache) -> Any:
+    """The dtype that a cache was made for."""
+    held = cache[0]["k"].dtype
+    return jnp.dtype(jnp.bfloat16) if held == jnp.uint16 else held
 
 
 def forward(config: Config, params: Params, tokens: jax.Array, dtype: Any) -> jax.Array:
@@ -64,14 +75,14 @@ def extend(
 
     Args:
       tokens: int[B, S]. Those after `last` are padding: what they leave in the cache is overwritten before it is seen.
-      cache: see `init_cache`; its dtype is that of the activations.
+      cache: see `init_cache`.
       start: int32[], tokens already in the cache. `start + S <= T` is the caller's to keep.
       last: int32[], which of the tokens to give the logits of.
 
     Returns:
       float32[B, V], the logits that follow token `last`, and the cache with the tokens in it.
     """
-    hidden, cache = _run(config, params, tokens, cache, start, cache[0]["k"].dtype)
+    hidden, cache = _run(config, params, tokens, cache, start, activations(cache))
     return logits(config, params, lax.dynamic_slice_in_dim(hidden, last, 1, axis=1))[:, 0], cache
 
 
@@ -136,11 +147,12 @@ def _attention(
         at = (number, 0, 0, positions[0], 0)
         # The barrier gives the update one user. Without it XLA fuses the update into each user, attention and the
         # result, which can't then share the buffer, and copies the cache four times a layer.
-        k, v = (lax.dynamic_update_slice(cache[name], new[None], at) for name, new in (("k", k), ("v", v)))
-        cache = lax.optimization_barrier({"k": k, "v": v})
-        k = lax.dynamic_index_in_dim(cache["k"], number, keepdims=False)
-        v = lax.dynamic_index_in_dim(cache["v"], number, keepdims=False)
-        y = attend(q, k, v, positions)
+        held = cache["k"].dtype
+        new = {name: lax.bitcast_convert_type(part, held)[None] for name, part in (("k", k), ("v", v))}
+        cache = {name: lax.dynamic_update_slice(cache[name], part, at) for name, part in new.items()}
+        cache = lax.optimization_barrier(cache)
+        parts = (lax.dynamic_index_in_dim(cache[name], number, keepdims=False) for name in ("k", "v"))
+        y = attend(q, *(lax.bitcast_convert_type(part, q.dtype) for part in parts), positions)
     return project(y.reshape(batch, length, -1), (layer["out"],), layer.get("out_bias")), cache
 
 
