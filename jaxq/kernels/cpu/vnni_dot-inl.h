@@ -15,7 +15,12 @@ namespace JAXQ_ISA {
 namespace {
 
 constexpr int64_t kVnniFewRows = 3;
-constexpr int64_t kVnniTask = 32;  // rows of w per task
+constexpr int64_t kVnniTask = 32;  // rows of w per task, or a multiple
+// Tasks are as long as an even share-out allows, for what is fetched ahead must be what the same thread comes to next.
+constexpr int64_t kTasksPerSlot = 8;
+// Bytes of w from what is read to what is fetched, into the second-level cache: the time that memory takes to answer.
+// Rows are too short, and too many at a time, for the hardware to see where they lead.
+constexpr int64_t kAhead = 16384;
 
 template <int kBits>
 struct DotShape {
@@ -126,14 +131,14 @@ ScaleLanes MakeScaleLanes(int64_t g) {
 constexpr int kVnniRows = 4;  // rows of w at a time
 
 template <int kBits, bool kE2m1, int kM>
-JAXQ_INLINE void DotStep(const uint8_t* const* w, int64_t row_bytes, const float* const* scales, int64_t block, int64_t g, __mmask64 bytes,
+JAXQ_INLINE void DotStep(const uint8_t* const* w, const float* const* scales, int64_t block, int64_t g, __mmask64 bytes,
                          __mmask16 scale_mask, const ScaleLanes& lanes, const Unpacker& unpack, const DotX& x,
                          __m512 (*totals)[kM]) {
   using Shape = DotShape<kBits>;
   JAXQ_UNROLL
   for (int r = 0; r < kVnniRows; ++r) {
     __m512i codes[Shape::kPlanes];
-    _mm_prefetch(reinterpret_cast<const char*>(w[r] + kVnniRows * row_bytes + block * Shape::kBytes), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(w[r] + kAhead + block * Shape::kBytes), _MM_HINT_T1);
     LoadPlanes<kBits, kE2m1>(w[r] + block * Shape::kBytes, bytes, unpack, codes);
     const float* s = scales[r] + block * Shape::kCodes / g;
     const __m512 scale = _mm512_permutexvar_ps(lanes.index, _mm512_maskz_loadu_ps(scale_mask, s));
@@ -179,11 +184,11 @@ void VnniRows(const MatmulArgs& args, const Weight& weight, int64_t n, int64_t c
     }
     const int64_t whole = Least(last, args.K / Shape::kCodes);
     for (int64_t b = first; b < whole; ++b)
-      DotStep<kBits, kE2m1, kM>(w, weight.row_bytes, scale_rows, b, g, FirstBytes(Shape::kBytes), lanes.mask, lanes, unpack, x, totals);
+      DotStep<kBits, kE2m1, kM>(w, scale_rows, b, g, FirstBytes(Shape::kBytes), lanes.mask, lanes, unpack, x, totals);
     if (whole < last) {
       const int64_t rest = args.K - whole * Shape::kCodes;
       const auto scale_mask = static_cast<__mmask16>((1 << Ceil(rest, g)) - 1);
-      DotStep<kBits, kE2m1, kM>(w, weight.row_bytes, scale_rows, whole, g, FirstBytes(rest / 8 * kBits), scale_mask, lanes, unpack, x,
+      DotStep<kBits, kE2m1, kM>(w, scale_rows, whole, g, FirstBytes(rest / 8 * kBits), scale_mask, lanes, unpack, x,
                                 totals);
     }
   }
@@ -209,9 +214,10 @@ Outcome VnniDot(const MatmulArgs& args, const Weight& weight, const Parallel& pa
     if (!PrepareDot<kBits>(args, m, x, reinterpret_cast<int8_t*>(cursor))) return Outcome::kDeclined;
   const ScaleLanes lanes = MakeScaleLanes<kBits>(args.format.group_size);
   const Unpacker unpack(kBits);
-  parallel.For(Ceil(args.N, kVnniTask), [&](int64_t task, int) {
-    const int64_t last = Least(args.N, (task + 1) * kVnniTask);
-    for (int64_t n = task * kVnniTask; n < last; n += kVnniRows) {
+  const int64_t rows = Most(Ceil(Ceil(args.N, kTasksPerSlot * parallel.slots()), kVnniTask), 1) * kVnniTask;
+  parallel.For(Ceil(args.N, rows), [&](int64_t task, int) {
+    const int64_t last = Least(args.N, (task + 1) * rows);
+    for (int64_t n = task * rows; n < last; n += kVnniRows) {
       const int64_t count = Least(kVnniRows, last - n);
       if (args.M == 1) VnniRows<kBits, kE2m1, 1>(args, weight, n, count, lanes, unpack, x);
       if (args.M == 2) VnniRows<kBits, kE2m1, 2>(args, weight, n, count, lanes, unpack, x);
