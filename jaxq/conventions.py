@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,9 +20,9 @@ Choice = QuantSpec | tuple[QuantSpec, Axis] | None
 Rule = tuple[str, QuantSpec | None] | tuple[str, QuantSpec | None, Axis]
 Rules = QuantSpec | Iterable[Rule] | Callable[[str, Any], Choice]
 
-# (path, leaf) -> the axis to group, and why the leaf is better left alone; "" if it is a weight. An axis of None:
-# no rule may ask for it either.
-Convention = Callable[[str, Any], tuple[Axis | None, str]]
+# (path, leaf) -> the axis to group, and why the leaf is better left alone; "" if it is a weight. A list of axes: the
+# first that the format's groups divide. None: no rule may ask for it either.
+Convention = Callable[[str, Any], tuple[Axis | list[Axis] | None, str]]
 
 # Below this many weights a matrix costs more in accuracy than the kilobyte or two that it would save.
 SMALL = 1024
@@ -113,7 +113,9 @@ def _decide(path: str, leaf: Any, rules: Rules, convention: Convention) -> Decis
         reason = f"small, {math.prod(leaf.shape)} weights"
     if axis is None or (reason and not explicit):
         return Decision(reason=reason)
-    return _fit(leaf, spec, axis if given is None else given)
+    choices = axis if isinstance(axis, list) else [axis]
+    fits = [_fit(leaf, spec, choice) for choice in (choices if given is None else [given])]
+    return next((fit for fit in fits if fit.spec is not None), fits[0])
 
 
 def _ask(path: str, leaf: Any, rules: Rules) -> tuple[QuantSpec | None, Axis | None, bool, str]:
@@ -161,9 +163,10 @@ def _fit(leaf: Any, spec: QuantSpec, axis: Axis) -> Decision:
 
 def by_name(leaves: Iterable[tuple[str, Any]], axis: Axis = -1) -> Convention:
     """The names of Flax, Equinox and torch; `axis` for weights of any other name. See `quantize_tree`."""
-    attention = _attention_prefixes(leaves)
+    shapes = {path: tuple(leaf.shape) for path, leaf in leaves}
+    attention = _attention_prefixes(shapes)
 
-    def convention(path: str, leaf: Any) -> tuple[Axis, str]:
+    def convention(path: str, leaf: Any) -> tuple[Axis | list[Axis], str]:
         parts = path.split("/")
         for pattern, last_only, reason in _NOT_A_WEIGHT:
             for part in parts[-1:] if last_only else parts:
@@ -172,26 +175,44 @@ def by_name(leaves: Iterable[tuple[str, Any]], axis: Axis = -1) -> Convention:
         last = parts[-1]
         if last in ("embedding", "weight") or last.startswith("weight_"):
             return -1, ""  # Flax's Embed [vocabulary, features]; Equinox's and torch's [out, in]
-        return (axis, "") if last != "kernel" else _kernel_axis(path, leaf, attention)
+        return (axis, "") if last != "kernel" else _kernel_axis(path, shapes, attention)
 
     return convention
 
 
-def _kernel_axis(path: str, leaf: Any, attention: frozenset[str]) -> tuple[Axis, str]:
-    """Of Flax's kernels: [in, out] or a stack of them, or those of an attention layer."""
+def _kernel_axis(
+    path: str, shapes: Mapping[str, tuple[int, ...]], attention: frozenset[str]
+) -> tuple[Axis | list[Axis], str]:
+    """Of Flax's kernels: those of an attention layer, [in, out] or a stack of them, [in..., out...] beside a bias."""
     for prefix in attention:
         layer = path.removeprefix(prefix)
         if layer in ("query/kernel", "key/kernel", "value/kernel"):
             return -3, ""  # [in, heads, head_dim]
         if layer == "out/kernel":
             return (-3, -2), ""  # [heads, head_dim, out]
-    rank = len(leaf.shape)
-    return -2, f"a kernel of rank {rank}: give its contracted axes in a rule" if rank > 3 else ""
+    kernel, bias = shapes[path], shapes.get(path.removesuffix("kernel") + "bias", ())
+    if len(kernel) == 2 or bias == (*kernel[:-2], kernel[-1]):
+        return -2, ""
+    contracted = _beside(kernel, bias)
+    # Beside a vector, a kernel of rank 4 is more likely that of a convolution.
+    if contracted and (len(kernel) == 3 or (len(kernel) == 4 and len(bias) > 1)):
+        return contracted, ""
+    # Grouped along its last axis, which may be free but is no stack's, a product with it runs fused as well.
+    return [-2, -1], f"a kernel of rank {len(kernel)}: give its contracted axes in a rule" if len(kernel) > 3 else ""
 
 
-def _attention_prefixes(leaves: Iterable[tuple[str, Any]]) -> frozenset[str]:
+def _beside(kernel: tuple[int, ...], bias: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The neighbouring axes without which a kernel has the shape of the bias, the last axis not among them."""
+    count = len(kernel) - len(bias)
+    for i in range(len(kernel) - count if bias else 0):
+        if (*kernel[:i], *kernel[i + count :]) == bias:
+            return tuple(range(i - len(kernel), i + count - len(kernel)))
+    return None
+
+
+def _attention_prefixes(shapes: Mapping[str, tuple[int, ...]]) -> frozenset[str]:
     """The paths of Flax's attention layers: where query, key, value and out stand side by side."""
-    paths = {path for path, leaf in leaves if len(leaf.shape) >= 3}
+    paths = {path for path, shape in shapes.items() if len(shape) >= 3}
     prefixes = (path.removesuffix("query/kernel") for path in paths if path.endswith("query/kernel"))
     names = ("query", "key", "value", "out")
     return frozenset(prefix for prefix in prefixes if all(f"{prefix}{name}/kernel" in paths for name in names))

@@ -145,6 +145,32 @@ def test_rule_as_a_function():
     assert result["a"].axis == (-1,) and result["b"].axis == (-2,) and result["c"] is tree["c"]
 
 
+KERNELS = {
+    # kernel, bias: axis
+    "Dense": ((64, 96), (96,), (-2,)),
+    "square Dense": ((64, 64), (64,), (-2,)),
+    "stack of Dense": ((3, 64, 96), (3, 96), (-2,)),
+    "DenseGeneral in, [heads, dim]": ((64, 2, 48), (2, 48), (-3,)),
+    "DenseGeneral [heads, dim], out": ((3, 32, 48), (48,), (-3, -2)),
+    "stack of DenseGeneral in": ((3, 64, 2, 48), (3, 2, 48), (-3,)),
+    "stack of DenseGeneral out": ((3, 2, 32, 48), (3, 48), (-3, -2)),
+    "no bias": ((3, 64, 48), None, (-2,)),
+    "no bias, few heads": ((48, 3, 64), None, (-1,)),
+    "unrelated bias": ((64, 3, 64), (5,), (-1,)),
+    "convolution by shape": ((3, 3, 32, 48), (48,), None),
+    "no bias, rank 4": ((3, 2, 32, 48), None, None),
+    "no axis": ((3, 2, 48), None, None),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_axis_of_kernels(name):
+    kernel, bias, axis = KERNELS[name]
+    tree = {"layer": {"kernel": normal(*kernel)} | ({} if bias is None else {"bias": normal(*bias)})}
+    found = jaxq.quantize_tree(tree, jaxq.QuantSpec(4, 32))["layer"]["kernel"]
+    assert found is tree["layer"]["kernel"] if axis is None else found.axis == axis
+
+
 def test_default_axis_of_other_names():
     assert jaxq.quantize_tree({"w": normal(64, 32)}, INT4, axis=-2)["w"].axis == (-2,)
 

@@ -58,16 +58,36 @@ class Products(nn.Module):
     def __call__(self, x):
         h = nn.DenseGeneral((2, 32))(x)
         h = nn.DenseGeneral(64, axis=(-2, -1))(h)
+        h = nn.Einsum((64, 4, 32), "btd,dnh->btnh", use_bias=False)(h)
+        h = nn.Einsum((4, 32, 64), "btnh,nhd->btd", use_bias=False)(h)
         return nn.Einsum((64, 48), "btd,df->btf")(h)
 
 
-# The contracted axes of DenseGeneral are not in the names of its parameters.
-PRODUCTS_RULES = [("DenseGeneral_0/kernel", INT4, -3), ("DenseGeneral_1/kernel", INT4, (-3, -2)), ("Einsum", INT4)]
+class Stack(nn.Module):
+    """Layers of one shape, stacked by nn.scan: their kernels and biases have an axis of layers in front."""
+
+    @nn.compact
+    def __call__(self, x):
+        def layer(model, x, _):
+            h = nn.DenseGeneral((2, 32), name="up")(nn.Dense(64, name="mix")(x))
+            return x + nn.DenseGeneral(64, axis=(-2, -1), name="down")(h), None
+
+        return nn.scan(layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)(self, x, None)[0]
+
+
+PRODUCTS_RULES = [
+    ("DenseGeneral_0/kernel", INT4, -3),
+    ("DenseGeneral_1/kernel", INT4, (-3, -2)),
+    ("Einsum_1", INT4, (-3, -2)),
+    ("Einsum", INT4),
+]
 
 MODELS = {
     # name: model, input, rules, products with weights in the jaxpr, longest product
     "dense": (nn.Dense(96), inputs(3, 64), INT4, 1, 64),
-    "products": (Products(), inputs(2, 3, 64), PRODUCTS_RULES, 3, 64),
+    "products": (Products(), inputs(2, 3, 64), INT4, 5, 128),
+    "products by rules": (Products(), inputs(2, 3, 64), PRODUCTS_RULES, 5, 128),
+    "stack": (Stack(), inputs(2, 3, 64), INT4, 3, 64),
     "language": (Language(), IDS, INT4, 13, 96),
     # A scan's body stands once in a jaxpr.
     "scan of remat": (Language(scanned=True, remat=True), IDS, INT4, 7, 96),
