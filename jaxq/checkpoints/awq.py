@@ -18,9 +18,10 @@ import numpy as np
 from jaxq.array import QuantizedArray
 from jaxq.checkpoints import safetensors, zero_points
 from jaxq.checkpoints.entries import Checkpoint, Select
-from jaxq.checkpoints.files import refuse
+from jaxq.checkpoints.files import empty_together, refuse
 from jaxq.checkpoints.safetensors import Tensor
 from jaxq.checkpoints.zero_points import Layer
+from jaxq.kernels import repack
 
 # Output i of a word stands in nibble _NIBBLE[i].
 _NIBBLE = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -98,8 +99,11 @@ def _spread(nibbles: np.ndarray) -> np.ndarray:
 
 
 def _read(layer: Layer, abstract: QuantizedArray) -> list[np.ndarray]:
-    leaves = zero_points.new_leaves(abstract)
-    for rows, words in zero_points.pieces(layer.parts["qweight"]):
+    leaves = empty_together(abstract.leaves)
+    for rows, words in zero_points.pieces(layer.parts["qweight"], 128):  # a cache line of ours
+        if repack.available():
+            repack.awq(words, leaves[0][:, rows.start // 8 : rows.stop // 8])
+            continue
         for first in range(0, words.shape[1], _WORDS):
             outputs = slice(8 * first, 8 * (first + _WORDS))
             leaves[0][outputs, rows.start // 8 : rows.stop // 8] = _repack(words[:, first : first + _WORDS])

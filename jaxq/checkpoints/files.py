@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 import json
+import mmap
 import os
 import secrets
 import shutil
@@ -14,10 +16,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import jax
 import numpy as np
 
 # XLA's CPU client adopts a host buffer in place of copying it when it begins on a multiple of this many bytes.
 ALIGNMENT = 64
+# x86's, and Arm's with pages of 4 kB.
+HUGE_PAGE = 2 << 20
 # Linux reads at most 0x7ffff000 bytes a call.
 _READ_BYTES = 1 << 30
 # The largest config or index read; Hugging Face's largest index is a few MB.
@@ -45,11 +50,37 @@ def _shown(name: str) -> str:
 
 def empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
     """An uninitialized array that begins on a multiple of `ALIGNMENT` bytes, so that JAX on a CPU need not copy it."""
-    dtype = np.dtype(dtype)
-    nbytes = count(shape) * dtype.itemsize
-    buffer = np.empty(nbytes + ALIGNMENT, np.uint8)
-    start = -buffer.ctypes.data % ALIGNMENT
-    return buffer[start : start + nbytes].view(dtype).reshape(shape)
+    (array,) = empty_together([jax.ShapeDtypeStruct(tuple(shape), dtype)])
+    return array
+
+
+def empty_together(structs: Sequence[jax.ShapeDtypeStruct]) -> list[np.ndarray]:
+    """`empty` for each of some shapes and dtypes, in one piece of memory: for what lives and dies together."""
+    sizes = [count(struct.shape) * struct.dtype.itemsize for struct in structs]
+    starts = list(itertools.accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0))
+    buffer = _aligned(starts.pop())
+    return [
+        buffer[start : start + size].view(struct.dtype).reshape(struct.shape)
+        for start, size, struct in zip(starts, sizes, structs, strict=True)
+    ]
+
+
+def _aligned(nbytes: int) -> np.ndarray:
+    """uint8[nbytes] on a multiple of `ALIGNMENT`; where it is large, of Linux's huge pages.
+
+    Each page is a fault when it is first written, and those take more time than the writing: half of a load's.
+    """
+    if nbytes < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        buffer = np.empty(nbytes + ALIGNMENT, np.uint8)
+        start = -buffer.ctypes.data % ALIGNMENT
+        return buffer[start : start + nbytes]
+    # What is not written takes no memory. The last page is a small one: a huge one is written whole.
+    mapped = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    buffer = np.frombuffer(mapped, np.uint8)
+    start = -buffer.ctypes.data % HUGE_PAGE
+    with contextlib.suppress(OSError):  # a kernel without them
+        mapped.madvise(mmap.MADV_HUGEPAGE, start, nbytes - nbytes % HUGE_PAGE)
+    return buffer[start : start + nbytes]
 
 
 def count(shape: Sequence[int]) -> int:
@@ -92,7 +123,7 @@ class Source:
 
     def read_into(self, out: np.ndarray, offset: int) -> None:
         """Fill `out`, contiguous, from `offset` on."""
-        view = out.view(np.uint8).reshape(-1).data if out.nbytes else memoryview(b"")
+        view = out.reshape(-1).view(np.uint8).data if out.nbytes else memoryview(b"")
         done = 0
         while done < len(view):
             got = self._read_some(view[done : done + _READ_BYTES], offset + done)

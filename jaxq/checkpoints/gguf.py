@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,10 @@ import ml_dtypes
 import numpy as np
 
 from jaxq.array import QuantizedArray
-from jaxq.checkpoints.codes import pack
 from jaxq.checkpoints.entries import Checkpoint, Entry, Select, dense
-from jaxq.checkpoints.files import Source, count, empty, refuse
+from jaxq.checkpoints.files import Source, count, empty, empty_together, refuse
 from jaxq.checkpoints.gguf_blocks import BLOCKS, BlockType
+from jaxq.kernels import repack
 
 # type number -> (name, weights in a block, bytes of a block). Source: `enum ggml_type` and its traits.
 _TYPES = {
@@ -64,8 +64,9 @@ _STRING, _ARRAY = 8, 9
 _METADATA_BYTES = 256 << 20
 _MAX_NESTING = 8
 _MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
-# Weights repacked at a time. Temporaries beyond 128 kB would leave the caches, and be new pages each time.
-_CHUNK = 1 << 16
+# Bytes of a file that are repacked at a time: compiled, and in NumPy, whose temporaries would leave the caches, and be
+# new pages each time.
+_CHUNK, _NUMPY_CHUNK = 1 << 20, 1 << 15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,33 +279,32 @@ def _read_dense(info: Info, abstract: jax.ShapeDtypeStruct) -> np.ndarray:
 
 def _read_blocks(info: Info, block: BlockType, abstract: QuantizedArray) -> list[np.ndarray]:
     """packed, scales and biases, a few blocks at a time, so that nothing beside them is ever whole in memory."""
-    spec = block.spec
-    leaves = [empty(leaf.shape, leaf.dtype) for leaf in abstract.leaves]
+    spec, compiled = block.spec, repack.available()
+    leaves = empty_together(abstract.leaves)
     # A row is whole blocks, so the blocks of all rows are one long row.
     flat = [leaf.reshape(-1) for leaf in leaves]
-    words, groups = spec.words(block.block), block.block // spec.group_size
-    with np.errstate(over="ignore", invalid="ignore"):
-        for start, blocks in _chunks(info, block.block, block.nbytes):
-            codes, *floats = block.unpack(blocks)
-            stop = start + len(blocks)
-            flat[0][start * words : stop * words] = (
-                codes if codes.dtype == np.uint32 else pack(codes, spec.bits)
-            ).reshape(-1)
-            for out, values in zip(flat[1:], floats, strict=True):
-                narrow = values.astype(out.dtype).reshape(-1)
-                if out.dtype == np.float16 and np.any(np.isinf(narrow) & ~np.isinf(values.reshape(-1))):
-                    what = "its scales or biases are beyond float16; pass scale_dtype=float32"
-                    raise refuse(info.source.path, what, info.name)
-                out[start * groups : stop * groups] = narrow
+    each = [spec.words(block.block), *[spec.groups(block.block)] * (len(leaves) - 1)]
+    for start, blocks in _chunks(info, block.nbytes, _CHUNK if compiled else _NUMPY_CHUNK):
+        stop = start + len(blocks)
+        out = [leaf[start * n : stop * n] for leaf, n in zip(flat, each, strict=True)]
+        if compiled:
+            fits = repack.blocks(info.type, blocks, out, weights=block.block, spec=spec)
+        else:
+            fits = block.repack(blocks, out)
+        if not fits:
+            what = "its scales or biases are beyond float16; pass scale_dtype=float32"
+            raise refuse(info.source.path, what, info.name)
     return leaves
 
 
-def _chunks(info: Info, block: int, block_bytes: int) -> Any:
-    """(index of the first block, uint8[n, block_bytes]) over a tensor."""
-    total, step = info.nbytes // block_bytes, max(_CHUNK // block, 1)
+def _chunks(info: Info, block_bytes: int, chunk: int) -> Iterator[tuple[int, np.ndarray]]:
+    """(index of the first block, uint8[n, block_bytes], until the next one is asked for) over a tensor."""
+    total, step = info.nbytes // block_bytes, max(chunk // block_bytes, 1)
+    buffer = empty((min(step, total), block_bytes), np.uint8)
     for start in range(0, total, step):
-        n = min(step, total - start)
-        yield start, info.source.read(info.offset + start * block_bytes, n * block_bytes).reshape(n, block_bytes)
+        blocks = buffer[: total - start]
+        info.source.read_into(blocks, info.offset + start * block_bytes)
+        yield start, blocks
 
 
 def _read_by_package(info: Info) -> np.ndarray:
@@ -319,7 +319,7 @@ def _read_by_package(info: Info) -> np.ndarray:
     out = empty(info.shape, np.float32)
     flat = out.reshape(-1)
     try:
-        for start, blocks in _chunks(info, block, block_bytes):
+        for start, blocks in _chunks(info, block_bytes, _NUMPY_CHUNK):
             flat[start * block : (start + len(blocks)) * block] = gguf.dequantize(blocks, kind).reshape(-1)
     except NotImplementedError as error:
         raise refuse(info.source.path, f"is {info.type}: {error}", info.name) from None

@@ -9,11 +9,12 @@ whose scale is the fp16 itself keep it in float16.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from jaxq.checkpoints.codes import pack
 from jaxq.spec import QuantSpec
 
 # uint8[n, bytes of a block] -> codes uint8[n, block], or packed in uint32; scales [n, groups of a block]; and, in mode
@@ -38,6 +39,21 @@ class BlockType:
     spec: QuantSpec
     scale_dtype: Any
     unpack: Unpack
+
+    def repack(self, blocks: np.ndarray, leaves: Sequence[np.ndarray]) -> bool:
+        """`jaxq.kernels.repack.blocks` in NumPy: fill packed, scales and biases, each flat, from uint8[n, nbytes].
+
+        Returns:
+          Whether every finite scale and bias is finite in float16, where that is their dtype.
+        """
+        fits = True
+        with np.errstate(over="ignore", invalid="ignore"):
+            codes, *floats = self.unpack(blocks)
+            leaves[0][...] = (codes if codes.dtype == np.uint32 else pack(codes, self.spec.bits)).reshape(-1)
+            for out, values in zip(leaves[1:], floats, strict=True):
+                out[...] = values.reshape(-1)
+                fits &= out.dtype != np.float16 or not np.any(np.isinf(out) & ~np.isinf(values.reshape(-1)))
+        return bool(fits)
 
 
 def _planes(packed: np.ndarray, width: int, bits: int) -> np.ndarray:

@@ -21,9 +21,10 @@ from jaxq.array import QuantizedArray
 from jaxq.checkpoints import safetensors, zero_points
 from jaxq.checkpoints.codes import unpack
 from jaxq.checkpoints.entries import Checkpoint, Entry, Select, dense
-from jaxq.checkpoints.files import empty, refuse
+from jaxq.checkpoints.files import empty, empty_together, refuse
 from jaxq.checkpoints.safetensors import Tensor
 from jaxq.checkpoints.zero_points import Layer
+from jaxq.kernels import repack
 
 _BITS = (2, 3, 4, 8)
 # What the packages write for the two versions; others are layouts of single kernels.
@@ -129,9 +130,12 @@ def _zeros(layer: Layer, version: int) -> np.ndarray:
 
 
 def _read(layer: Layer, version: int, abstract: QuantizedArray, exact: bool) -> list[np.ndarray]:
-    leaves = zero_points.new_leaves(abstract)
-    for rows, words in zero_points.pieces(layer.parts["qweight"]):
-        leaves[0][:, rows] = words.view(np.uint32).T
+    leaves = empty_together(abstract.leaves)
+    for rows, words in zero_points.pieces(layer.parts["qweight"], 16):  # of a cache line each
+        if repack.available():
+            repack.transpose(words, leaves[0][:, rows])
+        else:
+            leaves[0][:, rows] = words.view(np.uint32).T
     layer.affine(layer.parts["scales"].read(), _zeros(layer, version), leaves[1:], exact=exact)
     return leaves
 
@@ -140,7 +144,7 @@ def _dequantize(layer: Layer, version: int, groups: np.ndarray) -> np.ndarray:
     """float32[N, K]: exact, as `scales * (code - zero)` has at most 20 bits where the scales are float16."""
     out = empty(layer.shape, np.float32)
     scales, zeros = layer.parts["scales"].read().astype(np.float32), _zeros(layer, version).astype(np.float32)
-    for rows, words in zero_points.pieces(layer.parts["qweight"]):
+    for rows, words in zero_points.pieces(layer.parts["qweight"], 96):  # whole codes, whatever the bits
         codes = unpack(words.T, layer.bits).T
         inputs = slice(rows.start * 32 // layer.bits, rows.start * 32 // layer.bits + len(codes))
         out[:, inputs] = ((codes - zeros[groups[inputs]]) * scales[groups[inputs]]).T

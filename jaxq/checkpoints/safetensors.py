@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxq.checkpoints.entries import Checkpoint, Entry, Select, dense
-from jaxq.checkpoints.files import Source, atomic_file, check_shape, count, parse_json, read_json, refuse
+from jaxq.checkpoints.files import Source, atomic_file, check_shape, count, empty, parse_json, read_json, refuse
 
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(dtype)
@@ -77,19 +77,16 @@ class Tensor:
 
     def read(self) -> np.ndarray:
         """The tensor, in aligned memory of its own."""
-        return self._read(self.shape, 0)
+        out = empty(self.shape, self.dtype)
+        self.read_rows_into(out, 0)
+        return out
 
-    def read_rows(self, rows: slice) -> np.ndarray:
-        """`read()[rows]`, of whose first axis the slice is a part; reads no more than that."""
-        shape = (rows.stop - rows.start, *self.shape[1:])
-        return self._read(shape, rows.start * count(self.shape[1:]) * self.dtype.itemsize)
-
-    def _read(self, shape: tuple[int, ...], start: int) -> np.ndarray:
+    def read_rows_into(self, out: np.ndarray, start: int) -> None:
+        """Fill `out`, contiguous, with so many of the tensor's rows, from `start` on; reads no more than that."""
         try:
-            data = self.source.read(self.offset + start, count(shape) * self.dtype.itemsize)
+            self.source.read_into(out, self.offset + start * count(self.shape[1:]) * self.dtype.itemsize)
         except ValueError as error:
             raise refuse(self.source.path, str(error), self.name) from None
-        return data.view(self.dtype).reshape(shape)
 
 
 def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:

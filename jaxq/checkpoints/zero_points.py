@@ -25,8 +25,8 @@ from jaxq.spec import QuantSpec
 PARTS = ("qweight", "qzeros", "scales")
 _GROUPS = (128, 64, 32, 16)
 _FLOATS = ("float16", "bfloat16", "float32")
-# Bytes of qweight that are transposed at a time: larger temporaries leave the caches, and are new pages each time.
-_PIECE = 1 << 19
+# Bytes of qweight that are transposed at a time: more of them leave the caches.
+_PIECE = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,19 +66,27 @@ class Layer:
 
         Raises CheckpointError where that dtype overflows or, with `exact`, where it rounds.
         """
-        # Adding zero leaves one zero, of the sign that MLX's have.
-        biases = np.float32(0) - scales.astype(np.float32) * zeros
-        for target, values in zip(out, (scales, biases), strict=True):
-            with np.errstate(over="ignore"):
-                narrow = values.astype(target.dtype)
-            if np.any(np.isinf(narrow) & ~np.isinf(values)):
-                what = f"its scales or biases are beyond {narrow.dtype}; pass scale_dtype=float32"
-                raise refuse(self.path, what, self.name)
-            if exact and not np.array_equal(narrow.astype(np.float32), values.astype(np.float32), equal_nan=True):
-                what = f"is not symmetric, as the config says; {narrow.dtype} rounds its biases: pass scale_dtype"
-                raise refuse(self.path, what, self.name)
-            repeated = np.repeat(narrow, self.group_size // self.spec.group_size, axis=0)
-            target[...] = repeated[: target.shape[1]].T
+        repeats, step = self.group_size // self.spec.group_size, max(_PIECE // (8 * scales.shape[1]), 1)
+        for start in range(0, len(scales), step):
+            piece = scales[start : start + step]
+            # Adding zero leaves one zero, of the sign that MLX's have.
+            biases = np.float32(0) - piece.astype(np.float32) * zeros[start : start + step]
+            for target, values in zip(out, (piece, biases), strict=True):
+                rows = np.repeat(self._cast(values, target.dtype, exact), repeats, axis=0)
+                columns = target[:, start * repeats : start * repeats + len(rows)]  # the last group may be cut
+                columns[...] = rows[: columns.shape[1]].T
+
+    def _cast(self, values: np.ndarray, dtype: np.dtype, exact: bool) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            cast = values.astype(dtype, copy=False)
+        if dtype == np.float32 or dtype == values.dtype:
+            return cast
+        if np.any(np.isinf(cast) & ~np.isinf(values)):
+            raise refuse(self.path, f"its scales or biases are beyond {dtype}; pass scale_dtype=float32", self.name)
+        if exact and not np.array_equal(cast.astype(np.float32), values.astype(np.float32), equal_nan=True):
+            what = f"is not symmetric, as the config says; {dtype} rounds its biases: pass scale_dtype"
+            raise refuse(self.path, what, self.name)
+        return cast
 
 
 def find_layers(
@@ -145,17 +153,15 @@ def make_entry(layer: Layer, scale_dtype: np.dtype | None, kind: str, read: Call
     return Entry(abstract, kind, layer.stored_bytes, lambda: read(abstract))
 
 
-def new_leaves(abstract: QuantizedArray) -> list[np.ndarray]:
-    return [empty(leaf.shape, leaf.dtype) for leaf in abstract.leaves]
-
-
-def pieces(qweight: Tensor) -> Iterator[tuple[slice, np.ndarray]]:
-    """(rows, these rows) over a tensor, a multiple of 96 rows at a time: whole codes, whatever the bits."""
+def pieces(qweight: Tensor, multiple: int) -> Iterator[tuple[slice, np.ndarray]]:
+    """(rows, these rows, until the next ones are asked for) over a tensor, a multiple of so many rows at a time."""
     total, width = qweight.shape
-    step = max(_PIECE // (4 * width) // 96, 1) * 96
+    step = max(_PIECE // (4 * width) // multiple, 1) * multiple
+    buffer = empty((min(step, total), width), qweight.dtype)
     for start in range(0, total, step):
-        rows = slice(start, min(start + step, total))
-        yield rows, qweight.read_rows(rows)
+        words = buffer[: total - start]
+        qweight.read_rows_into(words, start)
+        yield slice(start, start + len(words)), words
 
 
 # ---- configs

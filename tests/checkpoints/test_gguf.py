@@ -121,11 +121,14 @@ def test_metadata(tmp_path):
     np.testing.assert_array_equal(checkpoint.config["some.floats"], [0.5, 1.5])
 
 
-def test_a_file_of_many_blocks_goes_in_pieces(tmp_path, monkeypatch):
+@pytest.mark.parametrize("chunk", ["_CHUNK", "_NUMPY_CHUNK"])
+def test_a_file_of_many_blocks_goes_in_pieces(tmp_path, monkeypatch, chunk):
     data = blocks("Q5_K", (7, 1024))
     path = write(tmp_path / "x.gguf", {"w": ("Q5_K", data)})
     whole = gguf.load(path)["w"]
-    monkeypatch.setattr(gguf, "_CHUNK", 3 * 256)  # no divisor of the 28 blocks
+    monkeypatch.setattr(gguf, chunk, 3 * 176)  # three of the 28 blocks
+    if chunk == "_NUMPY_CHUNK":
+        monkeypatch.setattr(gguf.repack, "available", lambda: False)
     assert jax.tree.all(jax.tree.map(same_bits, gguf.load(path)["w"], whole))
 
 

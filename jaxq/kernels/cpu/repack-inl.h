@@ -1,0 +1,311 @@
+// Everything of repack.h, in the namespace JAXQ_ISA, as the table JAXQ_REPACK.
+
+#ifndef JAXQ_KERNELS_CPU_REPACK_INL_H_
+#define JAXQ_KERNELS_CPU_REPACK_INL_H_
+
+#include "numbers.h"
+#include "repack.h"
+#include "repack_blocks-inl.h"
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
+namespace jaxq::cpu {
+namespace JAXQ_ISA {
+namespace {
+
+// Weights at a time: what is unpacked stays in the first-level cache, and no loop is short.
+constexpr int kStrip = 1024;
+constexpr int kMostGroups = kStrip / 16;
+
+// ---- codes
+
+// Codes, a byte each, `lanes` times eight of them -> a little-endian stream of kBits each. Eight in one 64-bit lane move
+// together, by bytes, then by pairs, then by fours:
+//   bytes  [ 0 c3 | 0 c2 | 0 c1 | 0 c0 ]  ->  pairs  [ 0 0 c3 c2 | 0 0 c1 c0 ]  ->  fours  [ 0 0 0 0 c3 c2 c1 c0 ]
+template <int kShift>
+JAXQ_INLINE uint64_t JoinPairs(uint64_t lane, uint64_t high) {
+  return (lane & ~high) | (lane & high) >> kShift;
+}
+
+template <int kBits>
+JAXQ_INLINE uint64_t Join(uint64_t lane) {
+  lane = JoinPairs<8 - kBits>(lane, 0xff00ff00ff00ff00u);
+  lane = JoinPairs<2 * (8 - kBits)>(lane, 0xffff0000ffff0000u);
+  return JoinPairs<4 * (8 - kBits)>(lane, 0xffffffff00000000u);
+}
+
+template <typename Word, int kBits>
+JAXQ_INLINE void PackAs(const uint8_t* codes, int lanes, uint8_t* out) {
+  for (int i = 0; i < lanes; ++i) {
+    const Word word = static_cast<Word>(Join<kBits>(Load64(codes + 8 * i)));
+    std::memcpy(out + i * sizeof word, &word, sizeof word);
+  }
+}
+
+#ifdef __AVX2__
+
+// 32 codes: by pairs, then, where kBits is not 4, by fours. Fields of 16 or 32 bits.
+template <int kBits>
+JAXQ_INLINE __m256i JoinedAt(const uint8_t* codes) {
+  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+  const __m256i twos = _mm256_maddubs_epi16(bytes, _mm256_set1_epi16(1 | 1 << (8 + kBits)));
+  return kBits == 4 ? twos : _mm256_madd_epi16(twos, _mm256_set1_epi32(1 | 1 << (16 + 2 * kBits)));
+}
+
+// 3, 5 or 6 bits: in each half of the vector, 16 codes in 2 * kBits bytes, and zeros.
+template <int kBits>
+JAXQ_INLINE __m256i Squeezed(__m256i fours) {
+  if (kBits == 6)
+    return _mm256_shuffle_epi8(
+        fours, _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1)));
+  // Up to where the next four begin, and all eight down again.
+  constexpr int kGap = 32 - 4 * kBits;
+  const __m256i up = _mm256_sllv_epi32(fours, _mm256_set1_epi64x(kGap));
+  const __m256i eights = _mm256_srli_epi64(up, kGap);
+  const __m128i order = kBits == 3 ? _mm_setr_epi8(0, 1, 2, 8, 9, 10, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1)
+                                   : _mm_setr_epi8(0, 1, 2, 3, 4, 8, 9, 10, 11, 12, -1, -1, -1, -1, -1, -1);
+  return _mm256_shuffle_epi8(eights, _mm256_broadcastsi128_si256(order));
+}
+
+// codes[count], and more that may be read, up to a multiple of 128 -> out[kStrip / 8 * kBits + 16].
+template <int kBits>
+JAXQ_INLINE void Pack(const uint8_t* codes, int count, uint8_t* out) {
+  if constexpr (kBits == 8) {
+    std::memcpy(out, codes, count);
+  } else if constexpr (kBits == 4) {
+    for (int i = 0; i < count; i += 64) {
+      const __m256i halves = _mm256_packus_epi16(JoinedAt<4>(codes + i), JoinedAt<4>(codes + i + 32));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i / 2), _mm256_permute4x64_epi64(halves, 0xd8));
+    }
+  } else if constexpr (kBits == 2) {
+    for (int i = 0; i < count; i += 128) {
+      const __m256i low = _mm256_packus_epi32(JoinedAt<2>(codes + i), JoinedAt<2>(codes + i + 32));
+      const __m256i high = _mm256_packus_epi32(JoinedAt<2>(codes + i + 64), JoinedAt<2>(codes + i + 96));
+      const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i / 4),
+                          _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order));
+    }
+  } else {
+    for (int i = 0; i < count; i += 32, out += 4 * kBits) {
+      const __m256i squeezed = Squeezed<kBits>(JoinedAt<kBits>(codes + i));
+      // The second half over the zeros of the first, its own zeros over what comes next.
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_castsi256_si128(squeezed));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 2 * kBits), _mm256_extracti128_si256(squeezed, 1));
+    }
+  }
+}
+
+#else
+
+template <int kBits>
+JAXQ_INLINE void Pack(const uint8_t* codes, int count, uint8_t* out) {
+  if (kBits == 8) {
+    std::memcpy(out, codes, count);
+  } else if (kBits == 4) {
+    PackAs<uint32_t, 4>(codes, count / 8, out);
+  } else if (kBits == 2) {
+    PackAs<uint16_t, 2>(codes, count / 8, out);
+  } else {  // whole lanes, each over the empty end of the one before
+    for (int i = 0; i < count; i += 8) Store64(out + i / 8 * kBits, Join<kBits>(Load64(codes + i)));
+  }
+}
+
+#endif
+
+// ---- floats
+
+// `count` is rounded up to a multiple of 8: the arrays are long enough.
+JAXQ_INLINE void FloatsOfHalves(const uint16_t* halves, int count, float* out) {
+#ifdef __F16C__
+  for (int i = 0; i < count; i += 8)
+    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + i))));
+#else
+  for (int i = 0; i < count; ++i) out[i] = FloatOfF16(halves[i]);
+#endif
+}
+
+JAXQ_INLINE void HalvesOfFloats(const float* values, int count, uint16_t* out) {
+#ifdef __F16C__
+  for (int i = 0; i < count; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  for (int i = 0; i < count; ++i) out[i] = F16OfFloat(values[i]);
+#endif
+}
+
+// values[count] -> out[at:], in dtype. Returns whether every finite one stayed finite in float16.
+JAXQ_INLINE bool StoreFloats(const float* values, int count, DType dtype, void* out, int64_t at) {
+  if (dtype == DType::kF32) {
+    std::memcpy(static_cast<float*>(out) + at, values, count * sizeof(float));
+    return true;
+  }
+  uint16_t narrow[kMostGroups];
+  uint32_t beyond = 0;
+  if (dtype == DType::kF16) {
+    HalvesOfFloats(values, count, narrow);
+    for (int i = 0; i < count; ++i) {
+      const uint32_t magnitude = BitsOfFloat(values[i]) & 0x7fffffffu;
+      beyond |= (magnitude >= 0x477ff000u) & (magnitude < 0x7f800000u);  // 65520 and above round to infinity
+    }
+  } else {
+    for (int i = 0; i < count; ++i) narrow[i] = Bf16OfFloat(values[i]);
+  }
+  std::memcpy(static_cast<uint16_t*>(out) + at, narrow, count * sizeof(uint16_t));
+  return beyond == 0;
+}
+
+// ---- blocks
+
+template <typename T>
+JAXQ_INLINE bool StripFloats(const uint8_t* blocks, int count, int64_t at, void* scales, void* biases, DType dtype) {
+  constexpr int kGroups = T::kBlock / T::kGroup, kMost = kStrip / T::kBlock, kSlots = kMost < 8 ? 8 : kMost;
+  if constexpr (T::kHalves == 0) {
+    for (int i = 0; i < count; ++i) static_cast<uint8_t*>(scales)[at + i] = blocks[i * T::kBytes];
+    return true;
+  } else {
+    float d[T::kHalves][kSlots], scale[kMostGroups] = {}, bias[kMostGroups] = {};
+    for (int half = 0; half < T::kHalves; ++half) {
+      uint16_t halves[kSlots] = {};
+      for (int i = 0; i < count; ++i) std::memcpy(&halves[i], blocks + i * T::kBytes + T::kHalvesAt[half], 2);
+      FloatsOfHalves(halves, count, d[half]);
+    }
+    for (int i = 0; i < count; ++i) {
+      const float own[2] = {d[0][i], d[T::kHalves - 1][i]};
+      T::Floats(blocks + i * T::kBytes, own, scale + i * kGroups, bias + i * kGroups);
+    }
+    const bool scales_fit = StoreFloats(scale, count * kGroups, dtype, scales, at * kGroups);
+    return StoreFloats(bias, count * kGroups, dtype, biases, at * kGroups) && scales_fit;
+  }
+}
+
+template <typename T>
+bool RepackBlocks(const uint8_t* blocks, int64_t count, uint8_t* packed, void* scales, void* biases, DType dtype) {
+  constexpr int kMost = kStrip / T::kBlock;
+  alignas(64) uint8_t codes[kStrip] = {}, words[kStrip + 64];  // longer than what is packed: see Pack
+  bool fit = true;
+  for (int64_t at = 0; at < count; at += kMost) {
+    const int here = static_cast<int>(count - at < kMost ? count - at : kMost);
+    const uint8_t* strip = blocks + at * T::kBytes;
+    for (int i = 0; i < here; ++i) T::Codes(strip + i * T::kBytes, codes + i * T::kBlock);
+    const int weights = here * T::kBlock;
+    Pack<T::kBits>(codes, weights, words);
+    std::memcpy(packed + at * T::kBlock / 8 * T::kBits, words, weights / 8 * T::kBits);
+    fit &= StripFloats<T>(strip, here, at, scales, biases, dtype);
+  }
+  return fit;
+}
+
+template <typename T>
+constexpr BlockType Row(const char* name) {
+  return {name, T::kBytes, T::kBlock, T::kBits, T::kGroup, RepackBlocks<T>};
+}
+
+constexpr BlockType kTypes[] = {
+    Row<Q4_0>("Q4_0"), Row<Q4_1>("Q4_1"), Row<Q5_0>("Q5_0"), Row<Q5_1>("Q5_1"), Row<Q8_0>("Q8_0"),
+    Row<Q2K>("Q2_K"),  Row<Q3K>("Q3_K"),  Row<Q4K>("Q4_K"),  Row<Q5K>("Q5_K"),  Row<Q6K>("Q6_K"),
+    Row<TQ1>("TQ1_0"), Row<TQ2>("TQ2_0"), Row<Mxfp4>("MXFP4"),
+};
+
+// ---- transposed words
+
+// A cache line of words: what is written at a time to each row of the output.
+constexpr int kTile = 16;
+
+JAXQ_INLINE int Least(int64_t a, int64_t b) { return static_cast<int>(a < b ? a : b); }
+
+// from[8, 8] -> to[8, 8], transposed; rows `from_stride` and `to_stride` words apart.
+JAXQ_INLINE void Transpose8(const uint32_t* from, int64_t from_stride, uint32_t* to, int64_t to_stride) {
+#ifdef __AVX2__
+  // Rows by pairs, then by fours, within the halves of the vectors; then the halves.
+  __m256i a[8], b[8];
+  JAXQ_UNROLL
+  for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i * from_stride));
+  JAXQ_UNROLL
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  JAXQ_UNROLL
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      a[i + 2 * j] = _mm256_unpacklo_epi64(b[i + j], b[i + j + 2]);
+      a[i + 2 * j + 1] = _mm256_unpackhi_epi64(b[i + j], b[i + j + 2]);
+    }
+  JAXQ_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const __m256i low = _mm256_permute2x128_si256(a[i], a[i + 4], 0x20);
+    const __m256i high = _mm256_permute2x128_si256(a[i], a[i + 4], 0x31);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i * to_stride), low);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + (i + 4) * to_stride), high);
+  }
+#else
+  for (int i = 0; i < 8; ++i)
+    for (int j = 0; j < 8; ++j) to[i * to_stride + j] = from[j * from_stride + i];
+#endif
+}
+
+// from[height, width] -> to[width, height], both at most kTile.
+JAXQ_INLINE void TransposeTile(const uint32_t* from, int64_t from_stride, int height, int width, uint32_t* to,
+                               int64_t to_stride) {
+  if (height == kTile && width == kTile) {
+    for (int j = 0; j < kTile; j += 8)
+      for (int i = 0; i < kTile; i += 8)
+        Transpose8(from + i * from_stride + j, from_stride, to + j * to_stride + i, to_stride);
+  } else {
+    for (int j = 0; j < width; ++j)
+      for (int i = 0; i < height; ++i) to[j * to_stride + i] = from[i * from_stride + j];
+  }
+}
+
+void Transpose(const uint32_t* words, int64_t rows, int64_t columns, uint32_t* out, int64_t stride) {
+  for (int64_t row = 0; row < rows; row += kTile)
+    for (int64_t column = 0; column < columns; column += kTile)
+      TransposeTile(words + row * columns + column, columns, Least(kTile, rows - row), Least(kTile, columns - column),
+                    out + column * stride + row, stride);
+}
+
+// Exchanges the fields of `kMask`, shifted up by kShift, of one word with the ones in place of the other.
+template <int kShift, uint32_t kMask>
+JAXQ_INLINE void Exchange(uint32_t* a, uint32_t* b) {
+  for (int j = 0; j < kTile; ++j) {
+    const uint32_t low = (a[j] & kMask) | (b[j] & kMask) << kShift;
+    b[j] = (a[j] >> kShift & kMask) | (b[j] & ~kMask);
+    a[j] = low;
+  }
+}
+
+// words[8 inputs][kTile] of eight nibbles each -> words[8 nibbles][kTile] of eight inputs each.
+JAXQ_INLINE void TransposeNibbles(uint32_t (*words)[kTile]) {
+  for (int i = 0; i < 4; ++i) Exchange<16, 0x0000ffffu>(words[i], words[i + 4]);
+  for (int i = 0; i < 2; ++i) Exchange<8, 0x00ff00ffu>(words[i], words[i + 2]);
+  for (int i = 4; i < 6; ++i) Exchange<8, 0x00ff00ffu>(words[i], words[i + 2]);
+  for (int i = 0; i < 8; i += 2) Exchange<4, 0x0f0f0f0fu>(words[i], words[i + 1]);
+}
+
+void Awq(const uint32_t* words, int64_t rows, int64_t columns, uint32_t* out, int64_t stride) {
+  // Output i of a word stands in this nibble. Source: AutoAWQ's `WQLinear_GEMM`.
+  constexpr int kNibble[8] = {0, 4, 1, 5, 2, 6, 3, 7};
+  for (int64_t row = 0; row < rows; row += kTile)
+    for (int64_t column = 0; column < columns; column += kTile) {
+      const int height = Least(kTile, rows - row), width = Least(kTile, columns - column);
+      uint32_t tile[8][kTile][kTile], inputs[8][kTile] = {};
+      for (int i = 0; i < height; ++i) {
+        for (int k = 0; k < 8; ++k) std::memcpy(inputs[k], words + ((row + i) * 8 + k) * columns + column, width * 4);
+        TransposeNibbles(inputs);
+        for (int n = 0; n < 8; ++n) std::memcpy(tile[n][i], inputs[kNibble[n]], sizeof inputs[0]);
+      }
+      for (int n = 0; n < 8; ++n)
+        TransposeTile(tile[n][0], kTile, height, width, out + (column * 8 + n) * stride + row, 8 * stride);
+    }
+}
+
+}  // namespace
+}  // namespace JAXQ_ISA
+
+const Repack JAXQ_REPACK = {JAXQ_ISA::kTypes, sizeof(JAXQ_ISA::kTypes) / sizeof(BlockType), JAXQ_ISA::Transpose, JAXQ_ISA::Awq};
+
+}  // namespace jaxq::cpu
+
+#endif  // JAXQ_KERNELS_CPU_REPACK_INL_H_

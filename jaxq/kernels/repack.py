@@ -1,0 +1,116 @@
+"""Repacking the words of checkpoints with the CPU kernels' library, where it was built.
+
+They make the same bits as the NumPy code of `jaxq/checkpoints` that they stand in for. The library trusts what it is
+given, so every size is checked here, whatever the caller has checked.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+
+import ml_dtypes
+import numpy as np
+
+from jaxq import kernels
+from jaxq.spec import QuantSpec
+
+_POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+# name -> (result, arguments)
+_FUNCTIONS = {
+    "blocks": (_INT, [_INT, ctypes.c_char_p, *[_INT] * 4, _POINTER, _SIZE, *[_POINTER] * 3, _INT]),
+    "transpose": (None, [_INT, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE]),
+    "awq": (None, [_INT, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE]),
+}
+_DTYPES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(ml_dtypes.bfloat16): 2, np.dtype(np.uint8): 3}
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    try:
+        library = kernels.cpu_library()
+        for name, (result, arguments) in _FUNCTIONS.items():
+            function = getattr(library, f"jaxq_repack_{name}")
+            function.restype, function.argtypes = result, arguments
+    except (kernels.KernelsUnavailable, AttributeError):  # not built, or by an older version
+        return None
+    return library
+
+
+def available() -> bool:
+    """Whether the library is there. Without it, the functions below can't be called."""
+    return _library() is not None
+
+
+def blocks(
+    type: str,
+    blocks: np.ndarray,
+    leaves: Sequence[np.ndarray],
+    *,
+    weights: int,
+    spec: QuantSpec,
+    portable: bool = False,
+) -> bool:
+    """Repack blocks of a GGUF type.
+
+    Args:
+      type: its name, such as `Q4_K`.
+      blocks: uint8[n, bytes of a block].
+      leaves: what is filled: packed uint32[n * words of a block]; scales and, in mode affine, biases
+        [n * groups of a block], float32, float16 or bfloat16, or uint8 scales in a float mode.
+      weights: in a block.
+      spec: the format of `leaves`.
+      portable: use no instruction beyond the platform's baseline; for tests.
+
+    Returns:
+      Whether every finite scale and bias is finite in float16, where that is their dtype.
+    """
+    n = len(blocks)
+    _check(blocks, (n, blocks.shape[-1]), np.uint8)
+    _check(leaves[0], (n * spec.words(weights),), np.uint32)
+    for leaf in leaves[1:]:
+        _check(leaf, (n * spec.groups(weights),), leaves[1].dtype)
+    if len(leaves) != (3 if spec.is_affine else 2) or (leaves[1].dtype == np.uint8) == spec.is_affine:
+        raise ValueError(f"blocks: {len(leaves)} leaves, scales of {leaves[1].dtype}, for {spec}")
+    sizes = blocks.shape[-1], weights, spec.bits, spec.group_size
+    addresses = [leaf.ctypes.data for leaf in leaves] + [None] * (3 - len(leaves))
+    dtype = _DTYPES[leaves[1].dtype]
+    result = _call("blocks", portable, type.encode(), *sizes, blocks.ctypes.data, n, *addresses, dtype)
+    if result < 0:
+        raise ValueError(f"blocks: type={type!r} of blocks of {sizes[0]} bytes, {weights} weights, is not known")
+    return result == 0
+
+
+def transpose(words: np.ndarray, out: np.ndarray, *, portable: bool = False) -> None:
+    """`out[...] = words.T` of 32-bit items: words [R, C], out [C, R], a slice of columns of a larger array or not."""
+    _check(words, words.shape, words.dtype)
+    if words.itemsize != 4:
+        raise ValueError(f"transpose: items of {words.dtype}; 4 bytes are due")
+    _call("transpose", portable, words.ctypes.data, *words.shape, *_target(out, words.shape[::-1]))
+
+
+def awq(words: np.ndarray, out: np.ndarray, *, portable: bool = False) -> None:
+    """AWQ's words int32[K, C] of eight outputs each, to ours, uint32[8 * C, K / 8] of eight inputs each."""
+    inputs, columns = words.shape
+    _check(words, words.shape, np.int32)
+    if inputs % 8:
+        raise ValueError(f"awq: {inputs} inputs are no multiple of 8")
+    _call("awq", portable, words.ctypes.data, inputs // 8, columns, *_target(out, (8 * columns, inputs // 8)))
+
+
+def _call(name: str, portable: bool, *arguments: object) -> int:
+    return getattr(_library(), f"jaxq_repack_{name}")(int(portable), *arguments)
+
+
+def _check(array: np.ndarray, shape: tuple[int, ...], dtype: np.dtype | type) -> None:
+    if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
+        what = f"{array.dtype}{list(array.shape)} with strides {array.strides}"
+        raise ValueError(f"repack: {what}, where contiguous {np.dtype(dtype)}{list(shape)} is due")
+
+
+def _target(out: np.ndarray, shape: tuple[int, ...]) -> tuple[int, int]:
+    """The address of an array of 32-bit items and its rows' distance, in items."""
+    if out.shape != shape or out.itemsize != 4 or out.strides[1] != 4 or out.strides[0] % 4 or out.strides[0] < 0:
+        raise ValueError(f"repack: out is {out.dtype}{list(out.shape)} with strides {out.strides}; {shape} is due")
+    return out.ctypes.data, out.strides[0] // 4

@@ -1,0 +1,123 @@
+"""The compiled repacking makes the bits of the NumPy code, which test_gguf.py and test_gptq_awq.py hold to oracles."""
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import test_gguf
+import test_gptq_awq
+from checkpoint_cases import same_bits
+
+from jaxq import checkpoints, kernels
+from jaxq.checkpoints import awq
+from jaxq.checkpoints.gguf_blocks import BLOCKS
+from jaxq.kernels import repack
+
+
+@pytest.fixture(autouse=True)
+def library():
+    """Skipped where the library was not built; one that is there but can't be used is a failure."""
+    try:
+        kernels.cpu_library()
+    except kernels.KernelsUnavailable as error:
+        pytest.skip(str(error))
+    assert repack.available()
+
+
+def new_leaves(block, n, dtype):
+    """Flat leaves for n blocks, each with a guard behind it that must stay as it is."""
+    sizes = [n * block.spec.words(block.block)] + [n * block.spec.groups(block.block)] * (1 + block.spec.is_affine)
+    dtypes = [np.uint32] + [dtype] * (len(sizes) - 1)
+    whole = [np.full(size + 16, 77, dtype) for size, dtype in zip(sizes, dtypes, strict=True)]
+    return whole, [leaf[:-16] for leaf in whole]
+
+
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks(name, portable):
+    block = BLOCKS[name]
+    dtypes = [np.float32, np.float16, ml_dtypes.bfloat16] if block.spec.is_affine else [np.uint8]
+    # Around the strips of 1024 weights: less than one, whole ones, and a rest.
+    for n in (1, 3, 1024 // block.block, 3 * 1024 // block.block + 1):
+        data = test_gguf.blocks(name, (n, block.block), seed=n)
+        for dtype in dtypes:
+            whole, leaves = new_leaves(block, n, dtype)
+            _, expected = new_leaves(block, n, dtype)
+            assert repack.blocks(name, data, leaves, weights=block.block, spec=block.spec, portable=portable)
+            assert block.repack(data, expected)
+            assert all(map(same_bits, leaves, expected)), (n, dtype)
+            assert all(np.all(leaf[-16:] == 77) for leaf in whole)
+
+
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize("name", [name for name in BLOCKS if BLOCKS[name].spec.is_affine])
+def test_every_fp16(name, portable):
+    """Zeros of both signs, subnormals, infinities and NaNs in the scales. NaNs keep no payload."""
+    block = BLOCKS[name]
+    fields = test_gguf.TYPES[name][0]
+    every = np.arange(1 << 16, dtype=np.uint16)
+    data = np.tile(test_gguf.blocks(name, (1024, block.block)), (64, 1))
+    for i, at in enumerate(fields):
+        data[:, at : at + 2] = np.roll(every, 77 * i)[:, None].view(np.uint8)
+    for dtype in (np.float32, np.float16, ml_dtypes.bfloat16):
+        _, leaves = new_leaves(block, len(data), dtype)
+        _, expected = new_leaves(block, len(data), dtype)
+        fits = repack.blocks(name, data, leaves, weights=block.block, spec=block.spec, portable=portable)
+        assert fits == block.repack(data, expected)
+        assert same_bits(leaves[0], expected[0])
+        for ours, theirs in zip(leaves[1:], expected[1:], strict=True):
+            nan = np.isnan(theirs)
+            assert np.array_equal(np.isnan(ours), nan) and same_bits(ours[~nan], theirs[~nan])
+
+
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize("inputs, columns", [(8, 1), (96, 5), (128, 16), (264, 33)])
+def test_words(inputs, columns, portable):
+    words = np.random.default_rng(inputs).integers(-(2**31), 2**31, (inputs, columns)).astype(np.int32)
+    whole = np.full((8 * columns, inputs // 8 + 7), 77, np.uint32)
+    repack.awq(words, whole[:, 3:-4], portable=portable)
+    assert same_bits(whole[:, 3:-4], awq._repack(words))
+    assert np.all(whole[:, :3] == 77) and np.all(whole[:, -4:] == 77)
+    whole = np.full((columns, inputs + 7), 77, np.uint32)
+    repack.transpose(words, whole[:, 3:-4], portable=portable)
+    assert same_bits(whole[:, 3:-4], words.view(np.uint32).T)
+    assert np.all(whole[:, :3] == 77) and np.all(whole[:, -4:] == 77)
+
+
+def test_what_does_not_fit_is_refused():
+    block = BLOCKS["Q4_K"]
+    data = test_gguf.blocks("Q4_K", (4, 256))
+    _, good = new_leaves(block, 4, np.float32)
+    call = {"weights": 256, "spec": block.spec}
+    repack.blocks("Q4_K", data, good, **call)
+    _, short = new_leaves(block, 3, np.float32)
+    mixed = [*good[:2], good[2].astype(np.float16)]
+    for leaves in (short, mixed, good[:2], [good[0].view(np.int32), *good[1:]], [good[0][::-1], *good[1:]]):
+        with pytest.raises(ValueError):
+            repack.blocks("Q4_K", data, leaves, **call)
+    for name, blocks in (("Q4_K", data[:, ::2]), ("Q4_K", data[:, :-1].copy()), ("Q5_K", data), ("Q9", data)):
+        with pytest.raises(ValueError):
+            repack.blocks(name, blocks, good, **call)
+    words, out = np.zeros((16, 3), np.int32), np.zeros((24, 2), np.uint32)
+    for call, bad_words, bad_out in (
+        (repack.awq, words[:12], out),
+        (repack.awq, words, out[:-1]),
+        (repack.awq, words, out.T.copy().T),
+        (repack.awq, words.astype(np.int64), out),
+        (repack.transpose, words, out),
+        (repack.transpose, words.astype(np.int64), np.zeros((3, 16), np.uint32)),
+    ):
+        with pytest.raises(ValueError):
+            call(bad_words, bad_out)
+
+
+def test_checkpoints_load_the_same_without_the_library(tmp_path, monkeypatch):
+    tensors = {name: (name, test_gguf.blocks(name, (3, 512))) for name in BLOCKS}
+    paths = [
+        test_gguf.write(tmp_path / "x.gguf", tensors),
+        test_gptq_awq.save_gptq(tmp_path / "gptq", *test_gptq_awq.made(256, 64, 3, 32), 3, 32),
+        test_gptq_awq.save_awq(tmp_path / "awq", *test_gptq_awq.made(256, 64, 4, 32)[:3], 32),
+    ]
+    compiled = [checkpoints.load(path) for path in paths]
+    monkeypatch.setattr(repack, "available", lambda: False)
+    assert jax.tree.all(jax.tree.map(same_bits, [checkpoints.load(path) for path in paths], compiled))
