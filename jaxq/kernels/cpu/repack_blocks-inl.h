@@ -225,27 +225,33 @@ struct TernaryScales {
   }
 };
 
-// Digits in base 3, first the highest one of all kWidth bytes. A byte is a fraction of 256, rounded up: multiplying by
-// 3 modulo 256 drops a digit, and the integer part of that product is it: 1 from 86 on, 2 from 171 on.
-template <int kWidth, int kDigits>
-JAXQ_INLINE void TernaryDigits(const uint8_t* from, uint8_t* codes) {
+// Digits in base 3, the highest one first. A byte is a fraction of 256, rounded up: multiplying by 3 modulo 256 drops a
+// digit, and the integer part of that product is it: 1 from 86 on, 2 from 171 on.
+struct Digits32 {
   typedef uint8_t Bytes32 __attribute__((vector_size(32)));
-  Bytes32 left = {};
-  std::memcpy(&left, from, kWidth);
-  for (int digit = 0; digit < kDigits; ++digit, codes += kWidth) {
-    // A comparison makes -1 where it holds.
-    const Bytes32 code = reinterpret_cast<Bytes32>(-(left >= 86) - (left >= 171));
-    std::memcpy(codes, &code, kWidth);
+  Bytes32 left;
+  JAXQ_INLINE void Next(uint8_t* digits) {
+    const Bytes32 digit = reinterpret_cast<Bytes32>(-(left >= 86) - (left >= 171));  // a comparison makes -1
+    std::memcpy(digits, &digit, 32);
     left = left + left + left;
   }
-}
+};
 
+// Five digits of each of 32 bytes, five of 16, four of 4; all of the first digits stand before the second ones.
 struct TQ1 : TernaryScales {
   static constexpr int kBytes = 54, kHalvesAt[] = {52};
   static JAXQ_INLINE void Codes(const uint8_t* block, uint8_t* codes) {
-    TernaryDigits<32, 5>(block, codes);
-    TernaryDigits<16, 5>(block + 32, codes + 160);
-    TernaryDigits<4, 4>(block + 48, codes + 240);
+    Digits32 first, rest;  // the 20 bytes of the rest, and 12 of the first ones, not to read beyond the block
+    std::memcpy(&first.left, block, 32);
+    std::memcpy(&rest.left, block + 20, 32);
+    JAXQ_UNROLL
+    for (int digit = 0; digit < 5; ++digit) {
+      uint8_t digits[32];
+      first.Next(codes + 32 * digit);
+      rest.Next(digits);
+      std::memcpy(codes + 160 + 16 * digit, digits + 12, 16);
+      if (digit < 4) std::memcpy(codes + 240 + 4 * digit, digits + 28, 4);
+    }
   }
 };
 
