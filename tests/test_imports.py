@@ -39,8 +39,8 @@ HOMES = {
     "equinox": ("integrations/equinox.py",),
     "gguf": ("checkpoints/",),
     "safetensors": ("checkpoints/",),
-    "tqdm": ("progress.py", "checkpoints/entries.py"),
-    "rich": ("progress.py", "checkpoints/entries.py", "cli"),
+    "tqdm": ("progress.py",),
+    "rich": ("progress.py", "cli"),
     "typer": ("cli",),
 }
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxq.array import QuantizedArray
 from jaxq.checkpoints import safetensors, zero_points
-from jaxq.checkpoints.entries import Checkpoint, Select
+from jaxq.checkpoints.entries import Checkpoint
 from jaxq.checkpoints.files import empty_together, refuse
 from jaxq.checkpoints.safetensors import Tensor
 from jaxq.checkpoints.zero_points import Layer
@@ -55,13 +55,6 @@ def open(path: str | os.PathLike[str], *, scale_dtype: Any = None) -> Checkpoint
         kind = f"awq{layer.bits}g{layer.group_size}"
         entries[layer.name] = zero_points.make_entry(layer, dtype, kind, functools.partial(_read, layer))
     return zero_points.checkpoint(path, "awq", tensors, entries)
-
-
-def load(
-    path: str | os.PathLike[str], *, select: Select = None, progress: bool | None = None, scale_dtype: Any = None
-) -> dict[str, Any]:
-    """Load an AWQ checkpoint: `open`, then `Checkpoint.load`, which say what the arguments mean."""
-    return open(path, scale_dtype=scale_dtype).load(select, progress=progress)
 
 
 def _shape_of(parts: Mapping[str, Tensor]) -> tuple[tuple[int, int], int]:

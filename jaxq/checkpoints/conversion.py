@@ -17,10 +17,11 @@ import numpy as np
 from jaxq import conventions, reports, tree
 from jaxq.array import QuantizedArray
 from jaxq.checkpoints import mlx
-from jaxq.checkpoints.entries import Checkpoint, Entry, dense, show_bytes
+from jaxq.checkpoints.entries import Checkpoint, Entry, dense
 from jaxq.checkpoints.gguf_names import hugging_face
 from jaxq.primitives.dequantize import dequantize
 from jaxq.primitives.quantize import quantize
+from jaxq.progress import track_bytes
 from jaxq.spec import QuantSpec
 
 GroupsOf16 = Literal["refuse", "requantize", "keep"]
@@ -87,7 +88,7 @@ def convert(
     steps = {name: _plan(name, entry, spec, rules, requantize, groups_of_16) for name, entry in source.entries.items()}
     report = reports.Report()
     total = sum(entry.stored_bytes for entry in source.entries.values())
-    with show_bytes(total, progress, "converting") as advance:
+    with track_bytes("convert", total, progress, "converting") as advance:
         entries = {
             name: _converted(name, entry, steps[name], dtype, report, advance) for name, entry in source.entries.items()
         }

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,13 +14,12 @@ import numpy as np
 
 from jaxq.array import QuantizedArray
 from jaxq.checkpoints.files import count, refuse
+from jaxq.progress import track_bytes
 
 Select = str | Sequence[str] | Callable[[str], bool] | None
 
 # How many tensors are read ahead of the one being placed: bounds the memory beyond the arrays themselves.
 _WORKERS = 2
-# From this many bytes on a load shows a progress bar where somebody can see it: about a second's work.
-_PROGRESS_BYTES = 2 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +113,8 @@ class Checkpoint(Mapping[str, Any]):
         """
         names = self.select(select)
         self.check_served(names)
-        out = {}
-        with show_bytes(sum(self.entries[name].stored_bytes for name in names), progress, "loading") as advance:
+        out, total = {}, sum(self.entries[name].stored_bytes for name in names)
+        with track_bytes("load", total, progress, "loading") as advance:
             for name, leaves in self._read_ahead(names):
                 out[name] = self.entries[name].place(leaves)
                 advance(self.entries[name].stored_bytes)
@@ -164,40 +161,3 @@ def _place(leaf: np.ndarray) -> Any:
     if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
         return leaf  # 64 bits, which JAX would narrow
     return jax.device_put(leaf)
-
-
-@contextlib.contextmanager
-def show_bytes(total: int, progress: bool | None, what: str) -> Iterator[Callable[[int], None]]:
-    """A progress bar of bytes by rich or, failing that, tqdm. Asked for, it must be there."""
-    if progress is None:
-        progress = total >= _PROGRESS_BYTES and sys.stderr.isatty()
-        required = False
-    else:
-        required = progress
-    if not progress:
-        yield lambda nbytes: None
-        return
-    with contextlib.ExitStack() as stack:
-        yield _start_bar(stack, total, required, what)
-
-
-def _start_bar(stack: contextlib.ExitStack, total: int, required: bool, what: str) -> Callable[[int], None]:
-    with contextlib.suppress(ImportError):
-        return _rich_bar(stack, total, what)
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        if required:
-            raise ImportError("load: progress=True needs rich or tqdm: pip install 'jaxq[cli]'") from None
-        return lambda nbytes: None
-    return stack.enter_context(tqdm(total=total, unit="B", unit_scale=True, desc=what)).update
-
-
-def _rich_bar(stack: contextlib.ExitStack, total: int, what: str) -> Callable[[int], None]:
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    bar = stack.enter_context(Progress(*columns, console=Console(stderr=True), transient=True))
-    task = bar.add_task(what, total=total)
-    return lambda nbytes: bar.advance(task, nbytes)

@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxq.array import QuantizedArray
-from jaxq.checkpoints.entries import Checkpoint, Entry, Select, dense
+from jaxq.checkpoints.entries import Checkpoint, Entry, dense
 from jaxq.checkpoints.files import Source, count, empty, empty_together, refuse
 from jaxq.checkpoints.gguf_blocks import BLOCKS, BlockType
 from jaxq.kernels import repack
@@ -106,18 +106,6 @@ def open(path: str | os.PathLike[str], *, scale_dtype: Any = None, dequantize: b
         raise TypeError(f"gguf.open: scale_dtype={dtype.name}; pass float32, float16 or bfloat16, or None")
     entries = {info.name: _entry(info, dtype, dequantize) for info in infos}
     return Checkpoint(path, "gguf", metadata, entries)
-
-
-def load(
-    path: str | os.PathLike[str],
-    *,
-    select: Select = None,
-    progress: bool | None = None,
-    scale_dtype: Any = None,
-    dequantize: bool = False,
-) -> dict[str, Any]:
-    """Load a GGUF file: `open`, then `Checkpoint.load`, which say what the arguments mean."""
-    return open(path, scale_dtype=scale_dtype, dequantize=dequantize).load(select, progress=progress)
 
 
 # ---- the container

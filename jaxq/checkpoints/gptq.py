@@ -20,7 +20,7 @@ import numpy as np
 from jaxq.array import QuantizedArray
 from jaxq.checkpoints import safetensors, zero_points
 from jaxq.checkpoints.codes import unpack
-from jaxq.checkpoints.entries import Checkpoint, Entry, Select, dense
+from jaxq.checkpoints.entries import Checkpoint, Entry, dense
 from jaxq.checkpoints.files import empty, empty_together, refuse
 from jaxq.checkpoints.safetensors import Tensor
 from jaxq.checkpoints.zero_points import Layer
@@ -61,18 +61,6 @@ def open(path: str | os.PathLike[str], *, scale_dtype: Any = None, dequantize: b
     ):
         entries[layer.name] = _entry(layer, version, dtype, scale_dtype is None, dequantize)
     return zero_points.checkpoint(path, "gptq", tensors, entries)
-
-
-def load(
-    path: str | os.PathLike[str],
-    *,
-    select: Select = None,
-    progress: bool | None = None,
-    scale_dtype: Any = None,
-    dequantize: bool = False,
-) -> dict[str, Any]:
-    """Load a GPTQ checkpoint: `open`, then `Checkpoint.load`, which say what the arguments mean."""
-    return open(path, scale_dtype=scale_dtype, dequantize=dequantize).load(select, progress=progress)
 
 
 def _version(path: Path, config: Mapping[str, Any]) -> int:

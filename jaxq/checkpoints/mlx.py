@@ -21,7 +21,7 @@ import jax
 
 from jaxq.array import QuantizedArray
 from jaxq.checkpoints import safetensors
-from jaxq.checkpoints.entries import Checkpoint, Entry, Select, dense
+from jaxq.checkpoints.entries import Checkpoint, Entry, dense
 from jaxq.checkpoints.files import atomic_directory, count, refuse
 from jaxq.checkpoints.safetensors import Tensor
 from jaxq.spec import Mode, QuantSpec
@@ -45,21 +45,6 @@ def open(path: str | os.PathLike[str], *, config: Mapping[str, Any] | None = Non
     tensors, _ = safetensors.read_headers(path)
     config = dict(safetensors.read_config(path) if config is None else config)
     return Checkpoint(path, "mlx", config, _entries(path, tensors, config.get("quantization")))
-
-
-def load(
-    path: str | os.PathLike[str],
-    *,
-    select: Select = None,
-    progress: bool | None = None,
-    config: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Load an MLX directory or file: `open`, then `Checkpoint.load`.
-
-    Returns:
-      {name: jax.Array or QuantizedArray}: a quantized layer X is one QuantizedArray [..., out, in], named `X.weight`.
-    """
-    return open(path, config=config).load(select, progress=progress)
 
 
 def _entries(path: Path, tensors: Mapping[str, Tensor], quantization: Any) -> dict[str, Entry]:

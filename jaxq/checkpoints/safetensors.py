@@ -19,7 +19,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from jaxq.checkpoints.entries import Checkpoint, Entry, Select, dense
+from jaxq.checkpoints.entries import Checkpoint, Entry, dense
 from jaxq.checkpoints.files import Source, atomic_file, check_shape, count, empty, parse_json, read_json, refuse
 
 DTYPES: dict[str, np.dtype] = {
@@ -234,11 +234,6 @@ def open(path: str | os.PathLike[str]) -> Checkpoint:
     """
     tensors, _ = read_headers(path)
     return Checkpoint(Path(path), "safetensors", read_config(path), {n: t.entry for n, t in tensors.items()})
-
-
-def load(path: str | os.PathLike[str], *, select: Select = None, progress: bool | None = None) -> dict[str, Any]:
-    """Load a safetensors file, or a Hugging Face directory of them, every tensor dense; see `Checkpoint.load`."""
-    return open(path).load(select, progress=progress)
 
 
 # ---- writing

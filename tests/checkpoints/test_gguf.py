@@ -82,7 +82,7 @@ def test_every_type_exactly(tmp_path, name):
         np.testing.assert_array_equal(jaxq.dequantize(qw, jnp.float32), expected)
     if qw.spec.is_affine:
         assert qw.scales.dtype == (np.float16 if TYPES[name][2] else np.float32)
-        exact = gguf.load(path, scale_dtype=np.float32)["w"]
+        exact = checkpoints.load(path, scale_dtype=np.float32)["w"]
         np.testing.assert_array_equal(dense(exact), expected)
 
 
@@ -90,8 +90,8 @@ def test_every_type_exactly(tmp_path, name):
 @pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q8_0"])
 def test_narrower_scales_lose_what_is_said(tmp_path, name, dtype, unit):
     data = blocks(name, (4, 512))
-    qw = gguf.load(write(tmp_path / "x.gguf", {"w": (name, data)}), scale_dtype=dtype)["w"]
-    exact = gguf.load(tmp_path / "x.gguf", scale_dtype=np.float32)["w"]
+    qw = checkpoints.load(write(tmp_path / "x.gguf", {"w": (name, data)}), scale_dtype=dtype)["w"]
+    exact = checkpoints.load(tmp_path / "x.gguf", scale_dtype=np.float32)["w"]
     assert qw.scales.dtype == dtype and same_bits(qw.packed, exact.packed)
     spread = lambda leaf: np.repeat(np.abs(np.asarray(leaf, np.float64)), qw.group_size, axis=-1)  # noqa: E731
     # Each of scale and bias is rounded by half a unit in the last place, at most `unit` of itself, or, in float16's
@@ -125,11 +125,11 @@ def test_metadata(tmp_path):
 def test_a_file_of_many_blocks_goes_in_pieces(tmp_path, monkeypatch, chunk):
     data = blocks("Q5_K", (7, 1024))
     path = write(tmp_path / "x.gguf", {"w": ("Q5_K", data)})
-    whole = gguf.load(path)["w"]
+    whole = checkpoints.load(path)["w"]
     monkeypatch.setattr(gguf, chunk, 3 * 176)  # three of the 28 blocks
     if chunk == "_NUMPY_CHUNK":
         monkeypatch.setattr(gguf.repack, "available", lambda: False)
-    assert jax.tree.all(jax.tree.map(same_bits, gguf.load(path)["w"], whole))
+    assert jax.tree.all(jax.tree.map(same_bits, checkpoints.load(path)["w"], whole))
 
 
 @pytest.mark.parametrize("name", ["IQ4_NL", "IQ2_XXS", "NVFP4"])
@@ -137,11 +137,11 @@ def test_what_is_no_group_format_is_refused_or_dequantized(tmp_path, name):
     data = blocks(name, (2, 256))
     path = write(tmp_path / "x.gguf", {"good": np.ones(3, np.float32), "bad": (name, data)})
     with pytest.raises(CheckpointError, match=f"tensor 'bad': is {name}, .* dequantize=True"):
-        gguf.load(path)
+        checkpoints.load(path)
     with pytest.raises(CheckpointError, match="tensor 'bad'"):
         gguf.open(path)["bad"]
-    assert set(gguf.load(path, select="good")) == {"good"}
-    loaded = gguf.load(path, dequantize=True)["bad"]
+    assert set(checkpoints.load(path, select="good")) == {"good"}
+    loaded = checkpoints.load(path, dequantize=True)["bad"]
     assert same_bits(loaded, package.dequantize(data, package.GGMLQuantizationType[name]).astype(np.float32))
 
 
@@ -149,9 +149,9 @@ def test_a_vector_of_blocks_is_refused_or_dequantized(tmp_path):
     data = blocks("Q8_0", (64,))
     path = write(tmp_path / "x.gguf", {"w": ("Q8_0", data)})
     with pytest.raises(CheckpointError, match="tensor 'w': is a vector of blocks"):
-        gguf.load(path)
+        checkpoints.load(path)
     expected = package.dequantize(data, package.GGMLQuantizationType.Q8_0)
-    assert same_bits(gguf.load(path, dequantize=True)["w"], expected)
+    assert same_bits(checkpoints.load(path, dequantize=True)["w"], expected)
 
 
 def test_biases_beyond_float16_are_refused(tmp_path):
@@ -159,8 +159,8 @@ def test_biases_beyond_float16_are_refused(tmp_path):
     data[0, :2] = np.array([600], np.float16).view(np.uint8)  # -128 * 600 is below float16's -65504
     path = write(tmp_path / "x.gguf", {"w": ("Q8_0", data)})
     with pytest.raises(CheckpointError, match=r"tensor 'w': .* pass scale_dtype=float32"):
-        gguf.load(path)
-    exact = gguf.load(path, scale_dtype=np.float32)["w"]
+        checkpoints.load(path)
+    exact = checkpoints.load(path, scale_dtype=np.float32)["w"]
     np.testing.assert_array_equal(dense(exact), package.dequantize(data, package.GGMLQuantizationType.Q8_0))
 
 
@@ -248,4 +248,4 @@ def test_a_file_that_lies_is_refused(tmp_path, data, message):
 def test_the_hand_made_file_is_well_formed(tmp_path):
     values = np.arange(4, dtype=np.float32)
     path = write_bytes(tmp_path / "x.gguf", raw([info()], [array(4, 1, bytes(4))], values.tobytes()))
-    assert same_bits(gguf.load(path)["w"], values)
+    assert same_bits(checkpoints.load(path)["w"], values)

@@ -9,7 +9,7 @@ import pytest
 from checkpoint_cases import codes_of, dense, same_bits
 
 from jaxq import checkpoints
-from jaxq.checkpoints import CheckpointError, awq, gptq, safetensors, zero_points
+from jaxq.checkpoints import CheckpointError, gptq, safetensors, zero_points
 
 RNG = np.random.default_rng(0)
 
@@ -106,7 +106,7 @@ def test_a_symmetric_gptq_keeps_its_scales(tmp_path, dtype):
 )
 def test_any_group_size(tmp_path, group_size, k, ours):
     arrays = made(k, 32, 4, group_size)
-    qw = gptq.load(save_gptq(tmp_path, *arrays, 4, group_size))["a.weight"]
+    qw = checkpoints.load(save_gptq(tmp_path, *arrays, 4, group_size))["a.weight"]
     assert qw.group_size == ours
     np.testing.assert_array_equal(dense(qw), formula(*arrays))
 
@@ -114,7 +114,7 @@ def test_any_group_size(tmp_path, group_size, k, ours):
 @pytest.mark.parametrize("dtype, unit", [(np.float16, 2.0**-11), (ml_dtypes.bfloat16, 2.0**-8)])
 def test_narrower_scales_lose_what_is_said(tmp_path, dtype, unit):
     arrays = made(256, 32, 4, 64)
-    qw = gptq.load(save_gptq(tmp_path, *arrays, 4, 64), scale_dtype=dtype)["a.weight"]
+    qw = checkpoints.load(save_gptq(tmp_path, *arrays, 4, 64), scale_dtype=dtype)["a.weight"]
     assert qw.scales.dtype == dtype
     expected = formula(*arrays)
     # Rounding a scale and a bias costs each at most `unit` of itself, the scale nothing in float16; code and zero point
@@ -128,15 +128,15 @@ def test_narrower_scales_lose_what_is_said(tmp_path, dtype, unit):
 def test_a_config_that_says_symmetric_of_what_is_not(tmp_path):
     path = save_gptq(tmp_path, *made(256, 32, 4, 64), 4, 64, sym=True)
     with pytest.raises(CheckpointError, match=r"'a\.weight': is not symmetric, .* pass scale_dtype"):
-        gptq.load(path)
-    assert gptq.load(path, scale_dtype=np.float32)["a.weight"].bits == 4
+        checkpoints.load(path)
+    assert checkpoints.load(path, scale_dtype=np.float32)["a.weight"].bits == 4
 
 
 def test_biases_beyond_float16(tmp_path):
     codes, zeros, scales, groups = made(64, 32, 4, 64)
     path = save_gptq(tmp_path, codes, zeros, scales + np.float16(2e4), groups, 4, 64)
     with pytest.raises(CheckpointError, match=r"'a\.weight': .* beyond float16"):
-        gptq.load(path, scale_dtype=np.float16)
+        checkpoints.load(path, scale_dtype=np.float16)
 
 
 @pytest.mark.usefixtures("pieces")
@@ -146,16 +146,16 @@ def test_unordered_groups_are_refused_or_dequantized(tmp_path, bits):
     groups = np.random.default_rng(1).permutation(groups)
     path = save_gptq(tmp_path, codes, zeros, scales, groups, bits, 64, desc_act=True)
     with pytest.raises(CheckpointError, match=r"'a\.weight': .*desc_act.* dequantize=True"):
-        gptq.load(path)
-    assert set(gptq.load(path, select="bias")) == {"a.bias"}
-    loaded = gptq.load(path, dequantize=True)["a.weight"]
+        checkpoints.load(path)
+    assert set(checkpoints.load(path, select="bias")) == {"a.bias"}
+    loaded = checkpoints.load(path, dequantize=True)["a.weight"]
     assert loaded.dtype == np.float32
     np.testing.assert_array_equal(loaded, formula(codes, zeros, scales, groups))
 
 
 def test_desc_act_with_groups_in_order_loads(tmp_path):
     arrays = made(256, 32, 4, 64)
-    qw = gptq.load(save_gptq(tmp_path, *arrays, 4, 64, desc_act=True))["a.weight"]
+    qw = checkpoints.load(save_gptq(tmp_path, *arrays, 4, 64, desc_act=True))["a.weight"]
     np.testing.assert_array_equal(dense(qw), formula(*arrays))
 
 
@@ -165,7 +165,7 @@ def test_overrides_by_layer_speak_by_their_shapes(tmp_path):
     config = json.loads((path / "config.json").read_text())
     config["quantization_config"] |= {"bits": 4, "group_size": 128, "dynamic": {"+:a.*": {"bits": 8, "group_size": 64}}}
     (path / "config.json").write_text(json.dumps(config))
-    np.testing.assert_array_equal(dense(gptq.load(path)["a.weight"]), formula(*arrays))
+    np.testing.assert_array_equal(dense(checkpoints.load(path)["a.weight"]), formula(*arrays))
 
 
 def test_a_config_beside(tmp_path):
@@ -207,7 +207,7 @@ def test_awq_exactly(tmp_path, group_size):
 
 def test_awq_in_float16(tmp_path):
     codes, zeros, scales, groups = made(256, 32, 4, 64)
-    qw = awq.load(save_awq(tmp_path, codes, zeros, scales, 64), scale_dtype=np.float16)["a.weight"]
+    qw = checkpoints.load(save_awq(tmp_path, codes, zeros, scales, 64), scale_dtype=np.float16)["a.weight"]
     assert same_bits(qw.scales, scales.T)
     # Each bias is rounded by 2**-11 of itself at most, and float32 adds 2**-22 of the terms; see above.
     bound = 15 * np.repeat(scales.astype(np.float64), 64, axis=0).T * (2.0**-11 + 2.0**-22)

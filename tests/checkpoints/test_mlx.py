@@ -44,7 +44,7 @@ def test_load_what_mlx_saves(tmp_path, spec, dtype):
     parts = dict(zip(("weight", "scales", "biases"), mx.quantize(w, **spec), strict=False))
     norm = mx.random.normal((6,), dtype=getattr(mx, dtype))
     mlx_directory(tmp_path, {f"a.b.{part}": array for part, array in parts.items()} | {"norm.weight": norm}, spec)
-    loaded = mlx.load(tmp_path)
+    loaded = mlx.open(tmp_path).load()
     assert set(loaded) == {"a.b.weight", "norm.weight"}
     qw = loaded["a.b.weight"]
     assert qw.shape == (2, 6, 256) and qw.spec == jaxq.QuantSpec(**spec) and isinstance(qw.packed, jax.Array)
@@ -84,7 +84,7 @@ def test_overrides_by_layer_and_several_files(tmp_path):
         "c": {"bits": 8, "group_size": 32, "mode": "affine"},
         "d": {"bits": 4, "group_size": 32, "mode": "mxfp4"},
     }
-    loaded = mlx.load(tmp_path / "m")
+    loaded = mlx.open(tmp_path / "m").load()
     for name, tensor in tensors.items():
         assert jax.tree.structure(loaded[name]) == jax.tree.structure(tensor)
         assert jax.tree.all(jax.tree.map(same_bits, loaded[name], tensor))
@@ -103,18 +103,18 @@ def test_an_open_checkpoint_is_saved_as_it_is_read(tmp_path):
 def test_a_single_file(tmp_path):
     mlx.save(tmp_path / "m", {"a.weight": quantized(0, bits=4)})
     path = tmp_path / "m" / "model.safetensors"
-    assert mlx.load(path)["a.weight"].bits == 4
+    assert mlx.open(path).load()["a.weight"].bits == 4
     path.rename(tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match=r"'a\.weight': has scales, but the config has no `quantization`"):
-        mlx.load(tmp_path / "x.safetensors")
+        mlx.open(tmp_path / "x.safetensors").load()
     config = {"quantization": {"bits": 4, "group_size": 64}}
-    assert mlx.load(tmp_path / "x.safetensors", config=config)["a.weight"].bits == 4
+    assert mlx.open(tmp_path / "x.safetensors", config=config).load()["a.weight"].bits == 4
 
 
 def test_scales_that_belong_to_no_quantized_layer_are_plain_tensors(tmp_path):
     arrays = {"x.scales": np.ones(3, np.float32), "y.biases": np.ones(3, np.float32)}
     mlx.save(tmp_path / "m", arrays)
-    assert set(mlx.load(tmp_path / "m")) == set(arrays)
+    assert set(mlx.open(tmp_path / "m").load()) == set(arrays)
 
 
 # ---- mlx-lm, the program that reads these
@@ -199,7 +199,7 @@ def test_layers_that_lie_are_refused_before_they_are_read(tmp_path, monkeypatch,
     broken(tmp_path, change)
     monkeypatch.setattr(safetensors.Tensor, "read", lambda self: pytest.fail("it was read"))
     with pytest.raises(CheckpointError, match=message):
-        mlx.load(tmp_path)
+        mlx.open(tmp_path).load()
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_layers_that_lie_are_refused_before_they_are_read(tmp_path, monkeypatch,
 def test_a_config_that_lies_is_refused(tmp_path, quantization, message):
     broken(tmp_path, lambda tensors: tensors, quantization)
     with pytest.raises(CheckpointError, match=message):
-        mlx.load(tmp_path)
+        mlx.open(tmp_path).load()
 
 
 @pytest.mark.parametrize(
@@ -239,4 +239,4 @@ def test_what_mlx_can_not_hold_is_not_written(tmp_path, name, make, message):
 def test_groups_of_16_are_written_on_request(tmp_path):
     qw = quantized(0, bits=6, group_size=16)
     mlx.save(tmp_path / "m", {"a.weight": qw}, mlx_only=False)
-    assert jax.tree.all(jax.tree.map(same_bits, mlx.load(tmp_path / "m")["a.weight"], qw))
+    assert jax.tree.all(jax.tree.map(same_bits, mlx.open(tmp_path / "m").load()["a.weight"], qw))

@@ -1,13 +1,14 @@
 """The reader is told by what stands at the path."""
 
 import json
+import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxq
-from jaxq import checkpoints
+from jaxq import checkpoints, progress
 from jaxq.checkpoints import CheckpointError, mlx
 
 
@@ -33,3 +34,25 @@ def test_an_unknown_method_is_refused(tmp_path, method):
 def test_nothing_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         checkpoints.open(tmp_path / "x")
+
+
+@pytest.mark.parametrize("package", ["tqdm", "rich"])
+def test_progress(tmp_path, monkeypatch, capsys, package):
+    pytest.importorskip(package)
+    mlx.save(tmp_path / "m", {"a.weight": np.ones((64, 64), np.float32), "b": np.ones(5, np.float32)})
+    monkeypatch.setattr(progress, "_PACKAGES", (package,))
+    assert set(checkpoints.load(tmp_path / "m", progress=True)) == {"a.weight", "b"}
+    shown = capsys.readouterr()
+    assert not shown.out and "loading" in shown.err and "16.4" in shown.err  # kB of 16404
+    # Unasked, only for what takes long, and for somebody who sees it.
+    checkpoints.load(tmp_path / "m")
+    monkeypatch.setattr(progress, "_SHOWN_BYTES", 0)
+    checkpoints.load(tmp_path / "m")
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    checkpoints.load(tmp_path / "m")
+    assert "loading" in capsys.readouterr().err
+    monkeypatch.setattr(progress, "_PACKAGES", ("no_such_package",))
+    checkpoints.load(tmp_path / "m")
+    with pytest.raises(ImportError, match=r"load: progress=True needs .* jaxq\[progress\]"):
+        checkpoints.load(tmp_path / "m", progress=True)

@@ -48,7 +48,7 @@ def test_the_package_reads_what_we_write(tmp_path):
 def test_we_read_what_the_package_writes(tmp_path):
     package = pytest.importorskip("safetensors.numpy")
     package.save_file(ARRAYS, tmp_path / "x.safetensors", {"a": "b"})
-    loaded = safetensors.load(tmp_path / "x.safetensors")
+    loaded = safetensors.open(tmp_path / "x.safetensors").load()
     assert set(loaded) == set(ARRAYS)
     assert all(same_bits(loaded[name], array) for name, array in ARRAYS.items())
     assert safetensors.read_header(tmp_path / "x.safetensors")[1] == {"a": "b"}
@@ -57,7 +57,7 @@ def test_we_read_what_the_package_writes(tmp_path):
 def test_a_64_bit_tensor_is_never_narrowed(tmp_path):
     arrays = {"i64": np.array([2**40]), "f32": np.ones(2, np.float32)}
     safetensors.write(tmp_path / "x.safetensors", layout(arrays), arrays.items())
-    loaded = safetensors.load(tmp_path / "x.safetensors")
+    loaded = safetensors.open(tmp_path / "x.safetensors").load()
     assert isinstance(loaded["i64"], np.ndarray) and loaded["i64"][0] == 2**40
     assert isinstance(loaded["f32"], jax.Array)
 
@@ -95,7 +95,7 @@ def test_a_load_of_some_reads_the_others_not(tmp_path, monkeypatch):
     safetensors.write(tmp_path / "x.safetensors", layout(arrays), arrays.items())
     read = []
     monkeypatch.setattr(safetensors.Tensor, "read", lambda self: read.append(self.name) or np.ones(2, np.float32))
-    safetensors.load(tmp_path / "x.safetensors", select="b")
+    safetensors.open(tmp_path / "x.safetensors").load("b")
     assert read == ["b"]
 
 
@@ -142,7 +142,7 @@ BAD_FILES = {
 def test_a_file_that_lies_is_refused(tmp_path, data, message):
     path = write_bytes(tmp_path / "x.safetensors", data)
     with pytest.raises(CheckpointError, match=message) as caught:
-        safetensors.load(path)
+        safetensors.open(path).load()
     assert "x.safetensors" in str(caught.value)
 
 
@@ -167,11 +167,11 @@ def two_files(directory, index=None):
 
 def test_a_directory_loads_with_and_without_an_index(tmp_path):
     two_files(tmp_path)
-    assert set(safetensors.load(tmp_path)) == {"a", "b"}
+    assert set(safetensors.open(tmp_path).load()) == {"a", "b"}
     names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     two_files(tmp_path, {"weight_map": names})
     (tmp_path / "other.safetensors").write_bytes(b"not of the checkpoint")
-    assert set(safetensors.load(tmp_path)) == {"a", "b"}
+    assert set(safetensors.open(tmp_path).load()) == {"a", "b"}
 
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -194,20 +194,20 @@ FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safete
 def test_an_index_that_lies_is_refused(tmp_path, index, message):
     two_files(tmp_path, index)
     with pytest.raises(CheckpointError, match=message):
-        safetensors.load(tmp_path)
+        safetensors.open(tmp_path).load()
 
 
 def test_a_tensor_in_two_files_is_refused(tmp_path):
     for file in ("x.safetensors", "y.safetensors"):
         safetensors.write(tmp_path / file, layout({"a": np.ones(2)}), [("a", np.ones(2))])
     with pytest.raises(CheckpointError, match="tensor 'a': stands both in"):
-        safetensors.load(tmp_path)
+        safetensors.open(tmp_path).load()
 
 
 def test_a_pickle_is_never_read(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n")
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is a pickle"):
-        safetensors.load(tmp_path)
+        safetensors.open(tmp_path).load()
 
 
 # ---- writing
