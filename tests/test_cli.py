@@ -101,7 +101,7 @@ def test_groups_of_16(tmp_path):
     qw = jaxq.quantize(jax.random.normal(jax.random.key(0), (64, 128)), bits=6, group_size=16)
     mlx.save(tmp_path / "a", {"w.weight": qw}, mlx_only=False)
     told = run("convert", tmp_path / "a", tmp_path / "b", code=1)
-    assert "tensor 'w.weight' is int6g16" in told.stderr and "groups_of_16='requantize'" in told.stderr
+    assert "tensor 'w.weight' is int6g16" in told.stderr and "--groups-of-16 requantize" in told.stderr
     run("convert", tmp_path / "a", tmp_path / "b", "--groups-of-16", "requantize")
     assert str(checkpoints.load(tmp_path / "b")["w.weight"].spec) == "int8g32"
     run("convert", tmp_path / "a", tmp_path / "c", "--groups-of-16", "keep")
@@ -121,8 +121,8 @@ def test_a_nan_is_refused_by_name(tmp_path):
         (["{dense}", "{out}", "--bits", "7"], 1, "bits=7 is not legal"),
         (["{dense}", "{out}", "--mode", "mxfp5"], 1, "mode='mxfp5'"),
         (["{dense}", "{out}", "--dtype", "int8"], 1, "dtype 'int8'"),
-        (["{dense}", "{out}", "--groups-of-16", "x"], 1, "groups_of_16='x'"),
-        (["{dense}", "{dense}", "--bits", "4"], 1, "exists; pass overwrite=True"),
+        (["{dense}", "{out}", "--groups-of-16", "x"], 1, "--groups-of-16 x;"),
+        (["{dense}", "{dense}", "--bits", "4"], 1, "exists; pass --overwrite"),
         (["{dense}x", "{out}"], 1, "does not exist"),
         (["{dense}", "{out}", "--rule", "x"], 2, "is no rule"),
         (["{dense}", "{out}", "--rule", "(=4"], 2, "is no regular expression"),
@@ -152,7 +152,8 @@ def test_inspect(dense, tmp_path):
     assert down["stored_bytes"] == down["loaded_bytes"] == 32 * 128 * 4.5 / 8
     assert found["stored_bytes"] == sum(row["stored_bytes"] for row in found["rows"])
     assert run_json("inspect", tmp_path / "out", "--select", "norm")["tensors"] == 1
-    assert "int4g64" in run("inspect", tmp_path / "out").stdout
+    shown = run("inspect", tmp_path / "out").stdout
+    assert "int4g64" in shown and all(name in shown for name in rows)  # whole, where no terminal bounds the lines
     assert "is found in no name" in run("inspect", dense, "--select", "x", code=1).stderr
 
 

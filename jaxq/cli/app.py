@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _ERRORS = (ValueError, TypeError, OSError, ImportError)
+_WIDE = 1000
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")]
 
@@ -38,11 +41,23 @@ def _told(as_json: bool) -> Iterator[None]:
     except BrokenPipeError:
         raise
     except _ERRORS as error:
+        # What the library calls an argument is an option here.
+        message = re.sub(r"\b(overwrite|dequantize)=True\b", r"--\1", str(error))
+        message = re.sub(r"\b(scale_dtype|groups_of_16)='?(\w+)'?", _as_option, message)
         if as_json:
-            print(json.dumps({"error": str(error)}))
+            print(json.dumps({"error": message}))
         else:
-            typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
+            typer.secho(f"error: {message}", err=True, fg=typer.colors.RED)
         raise typer.Exit(1) from None
+
+
+def _as_option(found: re.Match[str]) -> str:
+    return f"--{found[1].replace('_', '-')} {found[2]}"
+
+
+def _print(table: Table) -> None:
+    """As wide as the terminal; as wide as it is where something else reads it."""
+    Console(width=None if sys.stdout.isatty() else _WIDE).print(table)
 
 
 def _usage(option: str, parse: Any, text: str) -> Any:
@@ -136,16 +151,23 @@ def _show_report(report: Report, about: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(about | totals | {"rows": report.to_dicts()}))
         return
-    table = Table("tensor", "shape", "format", *_right("bytes", "bits/weight", "error"), "note", title=about["target"])
+    table = Table(_name(), "shape", "format", *_right("bytes", "bits/weight", "error"), "note", title=about["target"])
     for row in report.rows:
         error = "" if row.relative_error is None else f"{row.relative_error:.4f}"
         shape, size = "x".join(map(str, row.shape)), f"{row.nbytes:,}"
         table.add_row(row.path, shape, row.format, size, f"{row.bits_per_weight:.2f}", error, row.note)
-    Console().print(table)
+    _print(table)
     print(
         f"{totals['quantized']} of {totals['tensors']} tensors quantized: {report.nbytes:,} bytes, "
         f"{report.bits_per_weight:.2f} bits per weight (dense: {report.dense_nbytes:,} bytes)"
     )
+
+
+def _name() -> Any:
+    """The column of names, which are never cut."""
+    from rich.table import Column
+
+    return Column("tensor", overflow="fold")
 
 
 def _right(*names: str) -> list[Any]:
@@ -174,13 +196,13 @@ def inspect(
         if as_json:
             print(json.dumps({"path": str(path), "format": checkpoint.format} | total | {"rows": rows}))
             return
-        table = Table("tensor", "shape", "stored as", "loads as", *_right("bytes", "bits/weight"), title=str(path))
+        table = Table(_name(), "shape", "stored as", "loads as", *_right("bytes", "bits/weight"), title=str(path))
         for row in rows:
             shape = "x".join(map(str, row["shape"]))
             loads = row["problem"] or row["loads_as"]
             bits = f"{row['bits_per_weight']:.2f}"
             table.add_row(row["name"], shape, row["stored_as"], loads, f"{row['stored_bytes']:,}", bits)
-        Console().print(table)
+        _print(table)
         bits = 8 * total["stored_bytes"] / max(total["weights"], 1)
         print(f"{checkpoint.format}: {len(rows)} tensors, {total['stored_bytes']:,} bytes, {bits:.2f} bits per weight")
 
@@ -197,7 +219,7 @@ def doctor(as_json: Json = False) -> None:
             table = Table("", "", title=title, title_justify="left", show_header=False)
             for key, value in machine.flat(rows):
                 table.add_row(key, value)
-            Console().print(table)
+            _print(table)
 
 
 @app.command()
@@ -223,7 +245,7 @@ def bench(
             speed, ratio = f"{row['gigabytes_per_second']:.1f}", f"{row['speedup_over_bfloat16']:.2f}x"
             name = row["implementation"]
             table.add_row(row["weight"], name, str(row["batch"]), f"{row['microseconds']:.0f}", speed, ratio)
-        Console().print(table)
+        _print(table)
 
 
 if __name__ == "__main__":

@@ -273,3 +273,30 @@ def test_a_killed_writer_leaves_no_half_file(tmp_path):
         process.wait()
     assert path.read_bytes() == b"old"
     assert [file.suffix for file in tmp_path.iterdir() if file != path] == [".partial"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_killed_writer_leaves_no_half_directory(tmp_path, overwrite):
+    script = """
+        import pathlib, sys, time
+        from jaxq.checkpoints.files import atomic_directory
+
+        with atomic_directory(sys.argv[1], overwrite=sys.argv[2] == "True") as directory:
+            (directory / "model.safetensors").write_bytes(b"half")
+            print("half", flush=True)
+            time.sleep(60)
+    """
+    path = tmp_path / "model"
+    if overwrite:
+        path.mkdir()
+        (path / "model.safetensors").write_bytes(b"old")
+    command = [sys.executable, "-c", textwrap.dedent(script), str(path), str(overwrite)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "half\n"
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert path.exists() == overwrite
+    assert not overwrite or [file.read_bytes() for file in path.iterdir()] == [b"old"]
+    assert [file.suffix for file in tmp_path.iterdir() if file != path] == [".partial"]
