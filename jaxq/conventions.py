@@ -183,21 +183,24 @@ def by_name(leaves: Iterable[tuple[str, Any]], axis: Axis = -1) -> Convention:
 def _kernel_axis(
     path: str, shapes: Mapping[str, tuple[int, ...]], attention: frozenset[str]
 ) -> tuple[Axis | list[Axis], str]:
-    """Of Flax's kernels: those of an attention layer, [in, out] or a stack of them, [in..., out...] beside a bias."""
+    """Of Flax's kernels: those of an attention layer, [in, out] or a stack of them, [in..., out...] beside a bias.
+
+    Where the groups don't divide the axis that is contracted, say heads of 64 and groups of 128, the last one will do:
+    it may be free, but it is no stack's, and a product with a weight that is grouped along it runs fused as well.
+    """
     for prefix in attention:
         layer = path.removeprefix(prefix)
         if layer in ("query/kernel", "key/kernel", "value/kernel"):
-            return -3, ""  # [in, heads, head_dim]
+            return [-3, -1], ""  # [in, heads, head_dim]
         if layer == "out/kernel":
-            return (-3, -2), ""  # [heads, head_dim, out]
+            return [(-3, -2), -1], ""  # [heads, head_dim, out]
     kernel, bias = shapes[path], shapes.get(path.removesuffix("kernel") + "bias", ())
     if len(kernel) == 2 or bias == (*kernel[:-2], kernel[-1]):
         return -2, ""
     contracted = _beside(kernel, bias)
     # Beside a vector, a kernel of rank 4 is more likely that of a convolution.
     if contracted and (len(kernel) == 3 or (len(kernel) == 4 and len(bias) > 1)):
-        return contracted, ""
-    # Grouped along its last axis, which may be free but is no stack's, a product with it runs fused as well.
+        return [contracted, -1], ""
     return [-2, -1], f"a kernel of rank {len(kernel)}: give its contracted axes in a rule" if len(kernel) > 3 else ""
 
 

@@ -37,9 +37,9 @@ def quantize_tree(
 
     The grouped axis is a rule's, or that of the leaf's name: -2 for Flax's `kernel` [in, out], -3 and (-3, -2) in its
     attention layers, -1 for `embedding` and for the `weight` of Equinox and torch, and `axis` for every other name. A
-    kernel of rank 3 or more that a bias stands beside has the bias's axes free and groups along the others, as in
-    DenseGeneral; without one (Einsum), along -2 if the groups divide that and else -1: whichever it is, `jaxq.dispatch`
-    runs the product fused, and a rule can say better.
+    kernel of rank 3 or more beside a bias, as of DenseGeneral, is grouped along the axes that the bias lacks. Where
+    groups don't divide that axis of a kernel of rank 3 or more, it is -1. Whichever it is, `jaxq.dispatch` runs the
+    product fused; a rule can say better.
 
     Args:
       tree: any pytree of arrays, of JAX's or of NumPy's: dicts, Flax variables and states, Equinox modules.

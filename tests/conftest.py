@@ -1,7 +1,8 @@
-"""Eight CPU devices, strict dtype promotion, and `--require`, which turns a missing implementation into a failure."""
+"""Eight CPU devices, strict dtype promotion, and `--require`: what must be there, so that no test is skipped for it."""
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import os
 
@@ -14,14 +15,19 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--require", default="", help="implementations that must be usable, comma-separated")
+    parser.addoption("--require", default="", help="implementations and packages that must be usable, comma-separated")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     import jaxq.primitives.common as common
 
     for name in filter(None, session.config.getoption("--require").split(",")):
-        reason = common.IMPLEMENTATIONS[name].unavailable() if name in common.IMPLEMENTATIONS else "it is unknown"
+        if name in common.IMPLEMENTATIONS:
+            reason = common.IMPLEMENTATIONS[name].unavailable()
+        else:
+            reason = (
+                None if importlib.util.find_spec(name) else "there is neither an implementation nor a package so named"
+            )
         if reason is not None:
             raise pytest.UsageError(f"--require={name}, but it can't be used here: {reason}")
 

@@ -8,6 +8,7 @@ import pathlib
 import subprocess
 import sys
 import textwrap
+import tomllib
 
 import cases
 import jax
@@ -25,6 +26,12 @@ mx = pytest.importorskip("mlx.core", reason=f"{mlx.unavailable()}")
 
 SPECS = [spec for spec in cases.SPECS if mlx.refuses("quantize", spec=spec) is None]
 REFUSED = [spec for spec in cases.SPECS if spec not in SPECS]
+
+
+def test_the_extra_asks_for_the_release_that_is_checked_for():
+    project = tomllib.loads((pathlib.Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    oldest = ".".join(map(str, mlx._OLDEST))
+    assert all(f">={oldest};" in wanted for wanted in project["optional-dependencies"]["mlx"])
 
 
 @pytest.mark.parametrize("x_dtype", cases.DTYPES)

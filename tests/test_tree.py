@@ -152,6 +152,7 @@ KERNELS = {
     "stack of Dense": ((3, 64, 96), (3, 96), (-2,)),
     "DenseGeneral in, [heads, dim]": ((64, 2, 48), (2, 48), (-3,)),
     "DenseGeneral [heads, dim], out": ((3, 32, 48), (48,), (-3, -2)),
+    "small heads": ((4, 16, 64), (64,), (-1,)),
     "stack of DenseGeneral in": ((3, 64, 2, 48), (3, 2, 48), (-3,)),
     "stack of DenseGeneral out": ((3, 2, 32, 48), (3, 48), (-3, -2)),
     "no bias": ((3, 64, 48), None, (-2,)),

@@ -104,7 +104,7 @@ class _Slot(NamedTuple):
     layer: nnx.Module
     name: str
     path: str
-    axis: Axis | None
+    axis: Axis | list[Axis] | None
     reason: str
 
 
@@ -133,7 +133,7 @@ def _slots(module: nnx.Module) -> list[_Slot]:
     ]
 
 
-def _weight(layer: nnx.Module, name: str, variable: nnx.Variable[Any]) -> tuple[Axis | None, str]:
+def _weight(layer: nnx.Module, name: str, variable: nnx.Variable[Any]) -> tuple[Axis | list[Axis] | None, str]:
     """The contracted axes of an attribute of a layer, and why it must stay dense."""
     for base, (weight, rule) in _LAYERS.items():
         if isinstance(layer, base) and name == weight:
@@ -141,10 +141,10 @@ def _weight(layer: nnx.Module, name: str, variable: nnx.Variable[Any]) -> tuple[
     return None, _FOREIGN
 
 
-def _linear_general(layer: Any, _: Any) -> tuple[Axis | None, str]:
-    """kernel[batch..., in..., out...]"""
+def _linear_general(layer: Any, _: Any) -> tuple[Axis | list[Axis], str]:
+    """kernel[batch..., in..., out...]; grouped along the last of out where the groups don't divide the last of in."""
     out, contracted = len(layer.out_features), len(layer.axis)
-    return tuple(range(-out - contracted, -out)), ""
+    return [tuple(range(-out - contracted, -out)), -1], ""
 
 
 def _einsum(layer: Any, _: Any) -> tuple[Axis | None, str]:
@@ -169,7 +169,7 @@ def _conv(layer: Any, _: Any) -> tuple[Axis | None, str]:
 
 
 # layer -> its weight, and which axes of that are contracted. The first base that fits.
-_LAYERS: dict[type, tuple[str, Callable[[Any, Any], tuple[Axis | None, str]]]] = {
+_LAYERS: dict[type, tuple[str, Callable[[Any, Any], tuple[Axis | list[Axis] | None, str]]]] = {
     nnx.Linear: ("kernel", lambda layer, _: (-2, "")),
     nnx.LinearGeneral: ("kernel", _linear_general),
     nnx.Einsum: ("kernel", _einsum),

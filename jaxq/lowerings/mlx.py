@@ -39,7 +39,7 @@ from jaxq.spec import QuantSpec
 NAME = "mlx"
 PLATFORMS = ("cpu",)
 
-# The one whose bits were compared; some before it round the scales of mxfp4 and mxfp8 to nearest.
+# The one whose bits were compared, as in pyproject.toml; to 0.32.0 MLX rounds the scales of mxfp4 and mxfp8 to nearest.
 _OLDEST = (0, 32, 4)
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _POISON = {"mxfp4": 0xFF, "mxfp8": 0xFF, "nvfp4": 0x7F}

@@ -57,6 +57,8 @@ IDS = jnp.arange(10).reshape(2, 5) * 9
 MODELS = {
     # name: how to make it, input, products with weights, longest product
     "linear": (lambda: nnx.Linear(64, 96, rngs=rngs()), inputs(3, 64), 1, 64),
+    # Four heads of 8 in, in which no group fits: grouped along what comes out.
+    "general, small heads": (lambda: nnx.LinearGeneral((4, 8), 64, axis=(-2, -1), rngs=rngs()), inputs(3, 4, 8), 1, 32),
     "general": (lambda: nnx.LinearGeneral((2, 32), (4, 16), axis=(-2, -1), rngs=rngs()), inputs(3, 2, 32), 1, 64),
     "batched": (
         lambda: nnx.LinearGeneral(64, 32, axis=-1, batch_axis={0: 3}, rngs=rngs()),
