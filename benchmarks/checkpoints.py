@@ -61,6 +61,7 @@ def main() -> None:
         rate = result["file_bytes"] / seconds / 1e9
         cpu, ratio = result["cpu_seconds"][name], seconds / result["seconds"].get("read", seconds)
         print(f"  {name:12} {seconds:7.3f} s  {rate:6.2f} GB/s  {ratio:5.2f} x read  {cpu:7.3f} s of CPU")
+    print(f"  jaxq's arrays: {result['array_bytes'] / result['file_bytes']:.2f} x the file")
     print(f"  jaxq's peak memory: {result['peak']:.3f} x the arrays")
 
 
@@ -75,7 +76,7 @@ def measure(path: Path, format: str, repeats: int, only: list[str] | None) -> di
     ways = [way for way in ways if not only or way in only]
     times: dict[str, list[float]] = {way: [] for way in ways}
     cpu_times: dict[str, list[float]] = {way: [] for way in ways}
-    peaks = []
+    peaks, array_bytes = [], 0
     file_bytes = sum(file.stat().st_size for file in files)
     for _ in range(repeats):
         for way in ways:
@@ -85,11 +86,13 @@ def measure(path: Path, format: str, repeats: int, only: list[str] | None) -> di
             cpu_times[way].append(measured["cpu_seconds"])
             if way == "jaxq":
                 peaks.append(measured["peak"])
+                array_bytes = measured["array_bytes"]
     return {
         "format": format,
         "file_bytes": file_bytes,
         "seconds": {way: statistics.median(values) for way, values in times.items()},
         "cpu_seconds": {way: statistics.median(values) for way, values in cpu_times.items()},
+        "array_bytes": array_bytes,
         "peak": max(peaks),
     }
 
@@ -126,7 +129,8 @@ def load_once(argument: Path) -> dict:
     loaded = ways[way]()
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded)) if way == "jaxq" else 1
-    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak": (memory("VmHWM") - before) / nbytes}
+    peak = (memory("VmHWM") - before) / nbytes
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "array_bytes": nbytes, "peak": peak}
 
 
 def read(file: Path) -> np.ndarray:

@@ -27,6 +27,8 @@ _GROUPS = (128, 64, 32, 16)
 _FLOATS = ("float16", "bfloat16", "float32")
 # Bytes of qweight that are transposed at a time: more of them leave the caches.
 _PIECE = 1 << 20
+# Scales whose biases are made at a time: larger temporaries are new pages each time.
+_FLOATS_AT_A_TIME = 1 << 14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,15 +68,14 @@ class Layer:
 
         Raises CheckpointError where that dtype overflows or, with `exact`, where it rounds.
         """
-        repeats, step = self.group_size // self.spec.group_size, max(_PIECE // (8 * scales.shape[1]), 1)
-        for start in range(0, len(scales), step):
-            piece = scales[start : start + step]
+        repeats, outputs = self.group_size // self.spec.group_size, scales.shape[1]
+        step = max(_FLOATS_AT_A_TIME // len(scales), 1)
+        for piece in (slice(start, start + step) for start in range(0, outputs, step)):
             # Adding zero leaves one zero, of the sign that MLX's have.
-            biases = np.float32(0) - piece.astype(np.float32) * zeros[start : start + step]
-            for target, values in zip(out, (piece, biases), strict=True):
+            biases = np.float32(0) - scales[:, piece].astype(np.float32) * zeros[:, piece]
+            for target, values in zip(out, (scales[:, piece], biases), strict=True):
                 rows = np.repeat(self._cast(values, target.dtype, exact), repeats, axis=0)
-                columns = target[:, start * repeats : start * repeats + len(rows)]  # the last group may be cut
-                columns[...] = rows[: columns.shape[1]].T
+                target[piece] = rows[: target.shape[1]].T  # the last group may be cut
 
     def _cast(self, values: np.ndarray, dtype: np.dtype, exact: bool) -> np.ndarray:
         with np.errstate(over="ignore"):
