@@ -237,6 +237,16 @@ class QuantizedArray(metaclass=_Helpful):
 
         return getitem(self, index)
 
+    def take(self, ids: Any, dtype: Any = None) -> jax.Array:
+        """Dense rows: `self[ids]`, computed in float32 and rounded once to a dtype of the caller's.
+
+        `ids`: an int, or ints of any shape, along the axis of rows, the last one that is not grouped. `dtype` None is
+        that of the scales. Raises IndexError as indexing does; TypeError for what is no int or no floating dtype.
+        """
+        from jaxq.indexing import take
+
+        return take(self, ids, dtype)
+
     # ---- arithmetic
 
     def dequantize(self, dtype: Any = None, *, implementation: str | None = None) -> jax.Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import EllipsisType
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,23 @@ from jaxq.array import QuantizedArray, from_storage, storage_order
 Index = int | slice | EllipsisType | Any  # Any: an array or a list of ints; or a tuple of all these
 
 
-def getitem(qw: QuantizedArray, index: Index) -> QuantizedArray | jax.Array:
-    """See `QuantizedArray.__getitem__`. Out-of-range ints in arrays clamp, as in `jax.numpy`."""
+def take(qw: QuantizedArray, ids: Any, dtype: Any = None) -> jax.Array:
+    """See `QuantizedArray.take`."""
+    rows = next(axis for axis in reversed(range(qw.ndim)) if axis - qw.ndim not in qw.axis)
+    if isinstance(ids, slice | EllipsisType | tuple) or ids is None:
+        raise TypeError(f"take: ids={ids!r}; pass an int or an array of ints")
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"take: dtype={jnp.dtype(dtype).name}; pass a floating-point dtype")
+    index = [slice(None)] * qw.ndim
+    index[rows] = ids
+    return cast(jax.Array, getitem(qw, tuple(index), dtype))
+
+
+def getitem(qw: QuantizedArray, index: Index, dtype: Any = None) -> QuantizedArray | jax.Array:
+    """See `QuantizedArray.__getitem__`. Out-of-range ints in arrays clamp, as in `jax.numpy`.
+
+    `dtype` is that of dense rows; None: that of the scales.
+    """
     entries = _expand(qw, index)
     grouped = qw.ndim + qw.axis[-1]
     if not _is_full(entries[grouped], qw.shape[grouped]):
@@ -26,7 +41,7 @@ def getitem(qw: QuantizedArray, index: Index) -> QuantizedArray | jax.Array:
     arrays = [i for i, entry in enumerate(entries) if not isinstance(entry, int | slice)]
     if len(arrays) > 1 or (arrays and any(isinstance(entry, int) for entry in entries)):
         raise IndexError("QuantizedArray: one array of ints at a time, and no int beside it; index in two steps")
-    return _take(qw, entries, grouped)
+    return _take(qw, entries, grouped, dtype)
 
 
 def _expand(qw: QuantizedArray, index: Index) -> list[Any]:
@@ -60,7 +75,7 @@ def _is_full(entry: Any, size: int) -> bool:
     return isinstance(entry, slice) and entry.indices(size) == (0, size, 1)
 
 
-def _take(qw: QuantizedArray, entries: list[Any], grouped: int) -> QuantizedArray | jax.Array:
+def _take(qw: QuantizedArray, entries: list[Any], grouped: int, dtype: Any) -> QuantizedArray | jax.Array:
     order = storage_order(qw.ndim, qw.axis)
     storage: list[Any] = [slice(None)] * qw.ndim
     for axis, entry in enumerate(entries):
@@ -84,7 +99,7 @@ def _take(qw: QuantizedArray, entries: list[Any], grouped: int) -> QuantizedArra
         return type(qw)(*leaves, spec=qw.spec, axis=tuple(a + shift[a] for a in qw.axis))
     if len(qw.axis) > 1:
         raise IndexError(f"QuantizedArray: rows under several contracted axes {qw.axis} can't be looked up")
-    dense = result.dequantize(qw.float_dtype)
+    dense = result.dequantize(qw.float_dtype if dtype is None else dtype)
     return from_storage(dense, (-1 - after,)) if before + after == dense.ndim - 1 else dense
 
 

@@ -154,6 +154,33 @@ def test_rows_are_dense_and_slices_are_quantized(qw):
     assert jaxq.is_quantized(qw[...]) and qw.T[:, 3].shape == (128,)
 
 
+@pytest.mark.parametrize("ids", [3, [2, 0], np.array([[1, 5, 1], [0, 11, 2]])])
+def test_take_rounds_once_to_the_dtype_asked_for(qw, ids):
+    narrow = jax.tree.map(lambda leaf: leaf if leaf.dtype == jnp.uint32 else leaf.astype(jnp.bfloat16), qw)
+    for dtype in (jnp.float32, jnp.float16):
+        rows = jax.jit(lambda qw, dtype=dtype: qw.take(ids, dtype))(narrow)
+        assert rows.dtype == dtype
+        np.testing.assert_array_equal(rows, jaxq.dequantize(narrow, dtype)[jnp.asarray(ids)])
+    assert narrow.take(ids).dtype == jnp.bfloat16
+    np.testing.assert_array_equal(narrow.take(ids), narrow[ids])
+    np.testing.assert_array_equal(narrow.T.take(ids), narrow.T[:, ids])
+
+
+def test_take_of_a_stack():
+    stack = weight(SPEC, (3, 12, 128)).qw
+    np.testing.assert_array_equal(stack.take([4, 0], jnp.float32), jaxq.dequantize(stack, jnp.float32)[:, [4, 0]])
+
+
+def test_wrong_uses_of_take(qw):
+    for ids in (slice(2), None, ..., (1, 2)):
+        with pytest.raises(TypeError, match="take: ids="):
+            qw.take(ids)
+    with pytest.raises(TypeError, match="dtype=int32"):
+        qw.take(1, jnp.int32)
+    with pytest.raises(IndexError, match="out of range"):
+        qw.take(12)
+
+
 def test_only_the_rows_read_are_dequantized(qw):
     jaxpr = jax.make_jaxpr(lambda qw, ids: qw[ids])(qw, jnp.array([1, 2]))
     (equation,) = [e for e in jaxpr.eqns if e.primitive.name == "dequantize"]
