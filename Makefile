@@ -8,6 +8,10 @@ else
 VENV := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 endif
 BIN := $(VENV)/bin
+# pip would compile every module of every package to bytecode, which takes longer than the rest; Python does it for
+# those that are imported. (In its environment the option reads the wrong way round: 0 means not to.)
+INSTALL := PIP_NO_COMPILE=0 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_QUIET=1
+PIP := $(INSTALL) $(BIN)/python -m pip install
 # The old jaxlib has wheels for Python 3.10 to 3.13.
 METAL_PYTHON ?= $(PYTHON)
 METAL_VENV := .venv-metal
@@ -70,18 +74,18 @@ $(VENV)/.python:
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.python pyproject.toml $(KERNELS)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	$(PIP) --editable .
 	@touch $@
 
 $(METAL_VENV)/.installed:
 	@$(METAL_PYTHON) -c 'import sys; sys.exit("make metal needs Python 3.10 to 3.13 for jaxlib 0.4.34, and $(METAL_PYTHON) is %d.%d; name one: make metal METAL_PYTHON=python3.12" % sys.version_info[:2] if not (3, 10) <= sys.version_info < (3, 14) else 0)'
 	$(METAL_PYTHON) -m venv --clear $(METAL_VENV)
-	$(METAL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check jax==0.4.34 jaxlib==0.4.34
+	$(INSTALL) $(METAL_VENV)/bin/python -m pip install jax==0.4.34 jaxlib==0.4.34
 	@touch $@
 
 # The package is installed already, so this adds only what the extra asks for.
 $(VENV)/.extra-%: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'jaxq[$*]'
+	$(PIP) 'jaxq[$*]'
 	@touch $@
 
 .PRECIOUS: $(VENV)/.extra-%
