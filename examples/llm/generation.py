@@ -48,16 +48,18 @@ def decode(
     """
 
     def step(carry: Any, _: Any) -> Any:
-        token, cache, position = carry
-        logits, cache = model.extend(config, params, token[:, None], cache, position, jnp.int32(0))
-        token = choose(logits, sampling, jax.random.fold_in(key, position))
-        return (token, cache, position + 1), token
+        token, recent, at = carry
+        logits, recent = model.step(config, params, token, cache, recent, position, at)
+        token = choose(logits, sampling, jax.random.fold_in(key, at))
+        return (token, recent, at + 1), token
 
+    start = (token, model.init_recent(cache, count), position)
     if count == 1:
-        (token, cache, _), tokens = step((token, cache, position), None)
-        return tokens[None], cache
-    (_, cache, _), tokens = lax.scan(step, (token, cache, position), length=count)
-    return tokens, cache
+        (_, recent, _), token = step(start, None)
+        tokens = token[None]
+    else:
+        (_, recent, _), tokens = lax.scan(step, start, length=count)
+    return tokens, model.settle(cache, recent, position)
 
 
 def prefill(
@@ -92,7 +94,7 @@ def generate(
     sampling: Sampling | None = None,
     seed: int = 0,
     dtype: Any = jnp.bfloat16,
-    at_once: int = 8,
+    at_once: int = 16,
 ) -> Iterator[int]:
     """Tokens that continue a prompt, as they come, until one of `config.eos_ids` or `max_tokens`.
 
