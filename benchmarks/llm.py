@@ -7,21 +7,28 @@ medians, and their ratios to jaxq's. `of limit`: to the speed that reading the e
 allow, at the rate at which two threads read memory in the same rounds. With --check, the figures that are promised
 are held, and the exit status says whether.
 
-Engines: jaxq; jax-f32 and jax-bf16, the same weights dense in the same code; mlx-lm on MLX's CPU backend; llama-q4_0,
-which writes a GGUF file and runs it in llama.cpp through llama-cpp-python. Those not installed are left out, by name.
+Engines: jaxq; jax-f32 and jax-bf16, the same weights dense in the same code; mlx-lm on MLX's CPU backend; llama-q4_0
+and llama-q4_1, which write a GGUF file and run it in llama.cpp through llama-cpp-python. Those not installed are left
+out, by name. `matmuls`: the products of a decoding step alone, each over its own weights, in one program; what a step
+takes beyond them is the rest of the model. `memory`: a process of its own loads the model from a checkpoint, runs the
+prompt and decodes; counted is what it has resident, less what it had after importing JAX and compiling a tiny program.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import importlib
 import importlib.util
+import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,63 +38,15 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxq
+from jaxq import checkpoints
+from jaxq.lowerings import cpu
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.llm_weights import QWEN3_06B, SPEC, random_tensors, write_gguf
 from examples.llm import measure
 from examples.llm.config import from_json
-from examples.llm.load import build
-
-QWEN3_06B = {
-    "model_type": "qwen3",
-    "hidden_size": 1024,
-    "num_hidden_layers": 28,
-    "intermediate_size": 3072,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "rms_norm_eps": 1e-6,
-    "vocab_size": 151936,
-    "max_position_embeddings": 40960,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": True,
-}
-SPEC = jaxq.QuantSpec(4, 64)
-
-
-def random_tensors(raw: dict[str, Any]) -> dict[str, Any]:
-    """Quantized weights by Hugging Face's names; outputs of the usual size, so that bfloat16 stays in range."""
-    config = from_json(raw)
-    rng = np.random.default_rng(0)
-    hidden, inner = config.hidden_size, config.intermediate_size
-
-    def matrix(rows: int, columns: int) -> jaxq.QuantizedArray:
-        packed = rng.integers(0, 2**32, (rows, SPEC.words(columns)), np.uint32)
-        scales = (rng.uniform(0.5, 1.5, (rows, SPEC.groups(columns))) * 0.2 * columns**-0.5).astype(jnp.bfloat16)
-        biases = (scales.astype(np.float32) * -7.5).astype(jnp.bfloat16)
-        leaves = [jnp.asarray(leaf) for leaf in (packed, scales, biases)]
-        return jaxq.QuantizedArray.from_packed(*leaves, bits=SPEC.bits, group_size=SPEC.group_size)
-
-    def ones(size: int) -> jax.Array:
-        return jnp.ones(size, jnp.bfloat16)
-
-    shapes = {
-        "self_attn.q_proj": (config.q_size, hidden),
-        "self_attn.k_proj": (config.kv_size, hidden),
-        "self_attn.v_proj": (config.kv_size, hidden),
-        "self_attn.o_proj": (hidden, config.q_size),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
-    tensors = {"model.embed_tokens.weight": matrix(config.vocab_size, hidden), "model.norm.weight": ones(hidden)}
-    for i in range(config.num_layers):
-        layer = f"model.layers.{i}"
-        tensors |= {f"{layer}.{name}.weight": matrix(*shape) for name, shape in shapes.items()}
-        tensors |= {f"{layer}.{n}.weight": ones(hidden) for n in ("input_layernorm", "post_attention_layernorm")}
-        tensors |= {f"{layer}.self_attn.{n}_norm.weight": ones(config.head_dim) for n in "qk"}
-    return tensors
-
+from examples.llm.load import build, load
 
 # ---- engines: each has prefill() and decode(), which return seconds per prompt and per token
 
@@ -103,6 +62,36 @@ class Jax:
         self.weights = measure.nbytes(params)
         self.runner = measure.Runner(config, params, prompt=args.context, steps=args.steps, dtype=dtype)
         self.prefill, self.decode = self.runner.prefill, self.runner.decode
+
+
+class Matmuls:
+    """The quantized products of one step, one after the other, each waiting for the one before."""
+
+    def __init__(self, raw: dict[str, Any], tensors: dict[str, Any], args: Any):
+        params = build(from_json(raw), tensors, dtype=jnp.bfloat16)
+        layers = [jax.tree.map(lambda leaf: leaf[0], segment) for segment in params["segments"]]
+        names = ("qkv", "out", "gate_up", "down")
+        parts = [layer[name] for layer in layers for name in names]
+        weights = [w for part in parts for w in (part if isinstance(part, tuple) else (part,))]
+        weights.append(params.get("head", params["embed"]))
+        self.weights, self.steps, self.operands = measure.nbytes(weights), args.steps, weights
+        self.program = jax.jit(self._chain)
+
+    def _chain(self, weights: list[Any]) -> jax.Array:
+        def step(tie: jax.Array, _: Any) -> Any:
+            for w in weights:
+                tie = ((1 + tie * jnp.ones((1, w.shape[-1]), jnp.bfloat16)) @ w.mT)[:, :1] * 1e-30
+            return tie, None
+
+        return jax.lax.scan(step, jnp.zeros((1, 1), jnp.bfloat16), length=self.steps)[0]
+
+    def prefill(self) -> None:
+        return None
+
+    def decode(self) -> float:
+        began = time.perf_counter()
+        self.program(self.operands).block_until_ready()
+        return (time.perf_counter() - began) / self.steps
 
 
 class MlxLm:
@@ -144,13 +133,13 @@ class MlxLm:
 
 
 class LlamaCpp:
-    """llama.cpp on random weights in Q4_0 (int8 activations), from a GGUF file made for the purpose."""
+    """llama.cpp on random weights in Q4_0 or Q4_1 (int8 activations), from a GGUF file made for the purpose."""
 
-    def __init__(self, raw: dict[str, Any], tensors: dict[str, Any], args: Any):
+    def __init__(self, raw: dict[str, Any], tensors: dict[str, Any], args: Any, kind: str):
         import llama_cpp
 
         path = Path(tempfile.mkdtemp()) / "model.gguf"
-        write_gguf(path, raw)
+        write_gguf(path, raw, kind)
         self.weights = path.stat().st_size
         self.steps, self.lib = args.steps, llama_cpp
         self.llama = llama_cpp.Llama(
@@ -174,52 +163,6 @@ class LlamaCpp:
         return took
 
 
-def write_gguf(path: Path, raw: dict[str, Any]) -> None:
-    """The same shape in Q4_0, random blocks, and a vocabulary of numbers."""
-    import gguf
-
-    writer = gguf.GGUFWriter(path, "qwen3")
-    writer.add_block_count(raw["num_hidden_layers"])
-    writer.add_context_length(4096)
-    writer.add_embedding_length(raw["hidden_size"])
-    writer.add_feed_forward_length(raw["intermediate_size"])
-    writer.add_head_count(raw["num_attention_heads"])
-    writer.add_head_count_kv(raw["num_key_value_heads"])
-    writer.add_key_length(raw["head_dim"])
-    writer.add_value_length(raw["head_dim"])
-    writer.add_layer_norm_rms_eps(raw["rms_norm_eps"])
-    writer.add_rope_freq_base(raw["rope_theta"])
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list([f"t{i}" for i in range(raw["vocab_size"])])
-    writer.add_token_types([1] * raw["vocab_size"])
-    writer.add_token_merges(["t 0"])
-    rng = np.random.default_rng(0)
-
-    def matrix(name: str, rows: int, columns: int) -> None:
-        blocks = rng.integers(0, 256, (rows, columns // 32, 18), np.uint8)
-        scales = (rng.uniform(0.5, 1.5, (rows, columns // 32)) * 0.2 * columns**-0.5).astype(np.float16)
-        blocks[..., :2] = scales[..., None].view(np.uint8)
-        writer.add_tensor(name, blocks.reshape(rows, -1), raw_dtype=gguf.GGMLQuantizationType.Q4_0)
-
-    hidden, inner, dim = raw["hidden_size"], raw["intermediate_size"], raw["head_dim"]
-    q, kv = raw["num_attention_heads"] * dim, raw["num_key_value_heads"] * dim
-    matrix("token_embd.weight", raw["vocab_size"], hidden)
-    writer.add_tensor("output_norm.weight", np.ones(hidden, np.float32))
-    for i in range(raw["num_hidden_layers"]):
-        for name, rows, columns in (
-            *(("attn_q", q, hidden), ("attn_k", kv, hidden), ("attn_v", kv, hidden), ("attn_output", hidden, q)),
-            *(("ffn_gate", inner, hidden), ("ffn_up", inner, hidden), ("ffn_down", hidden, inner)),
-        ):
-            matrix(f"blk.{i}.{name}.weight", rows, columns)
-        for name, size in (("attn_norm", hidden), ("ffn_norm", hidden), ("attn_q_norm", dim), ("attn_k_norm", dim)):
-            writer.add_tensor(f"blk.{i}.{name}.weight", np.ones(size, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 class Bandwidth:
     """Bytes per second that two threads read from memory."""
 
@@ -238,8 +181,34 @@ ENGINES = {
     "jax-bf16": (Jax, None, {"dense": jnp.bfloat16}),
     "jax-f32": (Jax, None, {"dense": jnp.float32}),
     "mlx-lm": (MlxLm, "mlx_lm", {}),
-    "llama-q4_0": (LlamaCpp, "llama_cpp", {}),
+    "llama-q4_0": (LlamaCpp, "llama_cpp", {"kind": "Q4_0"}),
+    "llama-q4_1": (LlamaCpp, "llama_cpp", {"kind": "Q4_1"}),
+    "matmuls": (Matmuls, None, {}),
 }
+
+
+# ---- memory
+
+
+def resident_memory(raw: dict[str, Any], tensors: dict[str, Any], args: Any) -> dict[str, int]:
+    """Bytes: `base`, `weights`, `cache` and `resident` of a process that loads a checkpoint, prefills and decodes."""
+    with tempfile.TemporaryDirectory() as directory:
+        checkpoints.mlx.save(Path(directory) / "model", tensors, config=raw)
+        options = ["--context", str(args.context), "--steps", str(args.steps)]
+        command = [sys.executable, __file__, "--memory-of", str(Path(directory) / "model"), *options]
+        return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def memory_of(path: Path, args: Any) -> dict[str, int]:
+    jax.jit(lambda x: x @ x)(jnp.ones((8, 8))).block_until_ready()
+    base = measure.resident()
+    config, params = load(path)
+    runner = measure.Runner(config, params, prompt=args.context, steps=args.steps, dtype=jnp.bfloat16)
+    runner.prefill(), runner.decode()
+    measure.release()
+    runner.decode()
+    counted = {"base": base, "weights": measure.nbytes(params), "cache": measure.nbytes(runner.cache)}
+    return counted | {"resident": measure.resident()}
 
 
 def main() -> int:
@@ -251,7 +220,11 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=QWEN3_06B["num_hidden_layers"])
     parser.add_argument("--stacked", action="store_true", help="jaxq's layers under a scan")
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--memory-of", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.memory_of:
+        print(json.dumps(memory_of(args.memory_of, args)))
+        return 0
     raw = QWEN3_06B | {"num_hidden_layers": args.layers}
     tensors = random_tensors(raw)
     engines: dict[str, Any] = {}
@@ -262,10 +235,38 @@ def main() -> int:
             continue
         engines[name] = make(raw, tensors, args, **options)
         engines[name].prefill(), engines[name].decode()
+    memory = resident_memory(raw, tensors, args) if "jaxq" in engines else None
     del tensors
     gc.collect()
     print(f"{os.cpu_count()} CPUs, jax {jax.__version__}, {jaxq.implementations()['cpu']}")
-    return report(args, *rounds(args, engines), {name: engine.weights for name, engine in engines.items()})
+    results = Results(*rounds(args, engines), {name: engine.weights for name, engine in engines.items()}, memory)
+    report(args, results)
+    if not args.check:
+        return 0
+    failed = list(broken_promises(args, results))
+    print("\n".join(failed) or "all promised figures hold")
+    return 1 if failed else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """Seconds per token of decode and of prefill, by engine, and bytes per second, a list each over the rounds."""
+
+    decode: dict[str, list[float]]
+    prefill: dict[str, list[float]]
+    bandwidth: list[float]
+    weights: dict[str, int]
+    memory: dict[str, int] | None
+
+    def step(self, name: str) -> float:
+        return statistics.median(self.decode[name])
+
+    def share(self, name: str) -> float:
+        """Of the speed that reading the weights once a token would allow."""
+        return self.weights[name] / statistics.median(self.bandwidth) / self.step(name)
+
+    def per_prompt_token(self, name: str) -> float:
+        return statistics.median(self.prefill[name])
 
 
 def rounds(args: Any, engines: dict[str, Any]) -> tuple[dict[str, list[float]], dict[str, list[float]], list[float]]:
@@ -282,27 +283,51 @@ def rounds(args: Any, engines: dict[str, Any]) -> tuple[dict[str, list[float]], 
     return decode, prefill, bandwidth
 
 
-def report(args: Any, decode: Any, prefill: Any, bandwidth: list[float], weights: dict[str, int]) -> int:
-    speed = statistics.median(bandwidth)
+def report(args: Any, found: Results) -> None:
+    speed = statistics.median(found.bandwidth)
     print(f"two threads read {speed / 1e9:.1f} GB/s (median of {args.rounds} rounds)")
     print(f"{'engine':12s}{'MiB':>6s}{'decode/s':>10s}{'of limit':>9s}{'ratio':>7s}{'prefill/s':>11s}{'ratio':>7s}")
-    base = {"decode": statistics.median(decode["jaxq"]), "prefill": statistics.median(prefill["jaxq"])}
-    for name in decode:
-        step, size = statistics.median(decode[name]), weights[name]
-        line = f"{name:12s}{size / 2**20:6.0f}{1 / step:10.2f}{size / speed / step:9.0%}{base['decode'] / step:7.2f}"
-        if prefill[name]:
-            each = statistics.median(prefill[name])
-            line += f"{1 / each:11.1f}{base['prefill'] / each:7.2f}"
+    for name in found.decode:
+        step = found.step(name)
+        line = f"{name:12s}{found.weights[name] / 2**20:6.0f}{1 / step:10.2f}{found.share(name):9.0%}"
+        line += f"{found.step('jaxq') / step:7.2f}" if "jaxq" in found.decode else ""
+        if found.prefill[name]:
+            each = found.per_prompt_token(name)
+            line += f"{1 / each:11.1f}"
+            line += f"{found.per_prompt_token('jaxq') / each:7.2f}" if "jaxq" in found.decode else ""
         print(line)
-    if not args.check:
-        return 0
-    failed = []
-    if weights["jaxq"] / speed / base["decode"] < 0.7:
-        failed.append("decode is below 70% of what reading the weights allows")
-    if "jax-bf16" in prefill and statistics.median(prefill["jax-bf16"]) < 5 * base["prefill"]:
-        failed.append("prefill is not 5 times as fast as the dense model's in bfloat16")
-    print("\n".join(failed) or "all promised figures hold")
-    return 1 if failed else 0
+    if {"jaxq", "matmuls"} <= set(found.decode):
+        rest = 1 - found.step("matmuls") / found.step("jaxq")
+        print(f"of a step of jaxq's, {rest:.0%} is no product with weights")
+    if found.memory:
+        mebi = {name: value / 2**20 for name, value in found.memory.items()}
+        took = mebi["resident"] - mebi["base"]
+        ratio = (took - mebi["cache"]) / mebi["weights"]
+        print(f"resident while decoding: {mebi['resident']:.0f} MiB, {mebi['base']:.0f} of them before the model,")
+        print(
+            f"weights {mebi['weights']:.0f}, cache {mebi['cache']:.0f}; without base and cache {ratio:.2f} times these"
+        )
+
+
+def broken_promises(args: Any, found: Results) -> Iterator[str]:
+    """What does not hold of what is promised, for the engines that ran."""
+    if (share := found.share("jaxq")) < 0.7:
+        yield f"decode: {share:.0%} of what reading the weights allows, below 70%"
+    for name in ("llama-q4_0", "llama-q4_1"):
+        if name in found.decode and found.step("jaxq") > found.step(name):
+            yield f"decode: {found.step(name) / found.step('jaxq'):.2f} of the speed of {name}"
+    if "matmuls" in found.decode and (rest := 1 - found.step("matmuls") / found.step("jaxq")) > 0.15:
+        yield f"decode: {rest:.0%} of a step is no product with weights, above 15%"
+    prefill = found.per_prompt_token("jaxq")
+    if "jax-bf16" in found.prefill and (ratio := found.per_prompt_token("jax-bf16") / prefill) < 5:
+        yield f"prefill: {ratio:.1f} times the speed of the dense model's in bfloat16, below 5"
+    if "cpu:amx" in cpu.variants() and prefill > 1 / 1000:
+        yield f"prefill: {1 / prefill:.0f} tokens/s on a machine with AMX, below 1000"
+    if found.memory:
+        allowed = found.memory["base"] + 1.15 * found.memory["weights"] + found.memory["cache"]
+        if found.memory["resident"] > allowed:
+            over = (found.memory["resident"] - allowed) / 2**20
+            yield f"memory: {over:.0f} MiB above 1.15 of the weights, the cache and the process before the model"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import statistics
 import time
@@ -67,6 +69,7 @@ def speed(config: Config, params: model.Params, *, prompt: int, steps: int, repe
     """Medians over `repeats` runs, after one that compiles."""
     runner = Runner(config, params, prompt=prompt, steps=steps, dtype=dtype)
     runner.prefill(), runner.decode()
+    release()
     prefills = [runner.prefill() for _ in range(repeats)]
     decodes = [runner.decode() for _ in range(repeats)]
     return Speed(
@@ -82,8 +85,14 @@ def nbytes(tree: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
+def release() -> None:
+    """Hand back to the system the freed memory that glibc keeps, of which compiling leaves most."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def resident() -> int:
-    """Bytes of memory that the process holds; 0 where the system does not say so."""
+    """Bytes of memory that the process holds, files mapped into it included; 0 where the system does not say so."""
     status = Path("/proc/self/status")
     if not status.exists():
         return 0
