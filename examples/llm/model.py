@@ -256,7 +256,7 @@ def look_up(table: Any, tokens: jax.Array, dtype: Any) -> jax.Array:
     """
     if jaxq.is_quantized(table):
         return jax.tree.map(lambda leaf: _rows(leaf, tokens), table).dequantize(dtype)
-    return _rows(table, tokens).astype(dtype)
+    return table[tokens].astype(dtype)
 
 
 def _rows(table: jax.Array, tokens: jax.Array) -> jax.Array:
