@@ -137,7 +137,7 @@ def _plan(
 
 
 def _converted(
-    name: str, entry: Entry, step: Step, dtype: Any, report: reports.Report, advance: Callable[[int], None]
+    name: str, entry: Entry, step: Step, dtype: Any, report: reports.Report, advance: Callable[[int], object]
 ) -> Entry:
     """The entry of the new checkpoint; its `read` reads the old one, converts and reports."""
     cast = dtype if _is_float(entry) and dtype is not None else None
