@@ -4,7 +4,8 @@
     python benchmarks/cpu.py --cases matmul --shapes 0 --rows 1 8 --json out.json --plot out.png
 
 Peers are optional: onnxruntime (MatMulNBits at accuracy level 0, float32, and 4, which rounds activations to int8),
-openvino, torch (int4 and dense), JAX's dense product, mlx. A peer that is missing is left out and named at the end.
+openvino, torch (int4 and dense), JAX's dense product, and mlx where --peers names it. A peer that is missing is left
+out and named at the end.
 The functions of a case take turns, a few calls each after a first one that is dropped; medians are over all turns.
 Run it on an otherwise idle machine.
 """
@@ -229,7 +230,8 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", type=int, default=[0, 1, 2], help=f"indices into {SHAPES}")
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--peers", nargs="*", default=list(peer_library.ALL), help="which peers; none for ours alone")
+    default = [name for name in peer_library.ALL if name not in peer_library.SLOW]
+    parser.add_argument("--peers", nargs="*", default=default, help="which peers; none for ours alone")
     parser.add_argument("--implementation", help="for example cpu:avx2")
     parser.add_argument("--cpu-time", action="store_true", help="on a busy machine: minima of CPU time on one CPU")
     parser.add_argument("--rounds", type=int, default=5)
@@ -239,7 +241,7 @@ def main() -> None:
     if args.cpu_time:
         global clock, summary
         clock, summary = time.process_time, min
-    threads = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+    threads = peer_library.THREADS
     limits = machine_limits(threads)
     print("limits:", ", ".join(f"{name} {value / 1e9:.1f}e9" for name, value in limits.items()))
     results = [row for name in args.cases for row in CASES[name](args)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 
 import jax
@@ -11,6 +13,8 @@ import numpy as np
 import jaxq
 
 ALL = ("ort0", "ort4", "openvino", "torch_int4", "torch_dense", "jax_dense", "mlx")
+SLOW = ("mlx",)  # seconds a call for many rows: only where it is asked for
+THREADS = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 MISSING: dict[str, str] = {}
 
 
@@ -57,7 +61,9 @@ class Peers:
         opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
         model = helper.make_model(graph, opset_imports=opsets)
         model.ir_version = 9
-        session = onnxruntime.InferenceSession(model.SerializeToString())
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = THREADS  # it would count the machine's CPUs, not those that are ours
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options)
 
         def build(x):
             feed = {"x": np.asarray(x)}
@@ -89,6 +95,7 @@ class Peers:
             "INFERENCE_PRECISION_HINT": "f32" if self.dtype == "float32" else "bf16",
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
             "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": str(THREADS),
         }
         request = openvino.Core().compile_model(openvino.Model([y], [x]), "CPU", options).create_infer_request()
 
