@@ -16,7 +16,7 @@ Index = int | slice | EllipsisType | Any  # Any: an array or a list of ints; or 
 
 def take(qw: QuantizedArray, ids: Any, dtype: Any = None) -> jax.Array:
     """See `QuantizedArray.take`."""
-    rows = next(axis for axis in reversed(range(qw.ndim)) if axis - qw.ndim not in qw.axis)
+    rows = _axis_of_rows(qw)
     if isinstance(ids, slice | EllipsisType | tuple) or ids is None:
         raise TypeError(f"take: ids={ids!r}; pass an int or an array of ints")
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
@@ -90,7 +90,7 @@ def _take(qw: QuantizedArray, entries: list[Any], grouped: int, dtype: Any) -> Q
     # What became of each axis, in logical order: the axes that remain, with the grouped one among them.
     remaining = [_rank(entry) for entry in entries]
     before, after = sum(remaining[:grouped]), sum(remaining[grouped + 1 :])
-    rows = next(axis for axis in reversed(range(qw.ndim)) if axis - qw.ndim not in qw.axis)
+    rows = _axis_of_rows(qw)
     if len(qw.axis) > 1 and any(not _is_full(entries[qw.ndim + a], qw.shape[qw.ndim + a]) for a in qw.axis):
         raise IndexError(f"QuantizedArray: axes {qw.axis} are contracted together; index the others alone")
     if isinstance(entries[rows], slice):
@@ -101,6 +101,11 @@ def _take(qw: QuantizedArray, entries: list[Any], grouped: int, dtype: Any) -> Q
         raise IndexError(f"QuantizedArray: rows under several contracted axes {qw.axis} can't be looked up")
     dense = result.dequantize(qw.float_dtype if dtype is None else dtype)
     return from_storage(dense, (-1 - after,)) if before + after == dense.ndim - 1 else dense
+
+
+def _axis_of_rows(qw: QuantizedArray) -> int:
+    """The last logical axis that is not grouped."""
+    return next(axis for axis in reversed(range(qw.ndim)) if axis - qw.ndim not in qw.axis)
 
 
 def _rank(entry: Any) -> int:

@@ -252,7 +252,8 @@ def attend_in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Ar
 def look_up(table: Any, tokens: jax.Array, dtype: Any) -> jax.Array:
     """Rows of an embedding [V, D]: int[B, S] -> dtype[B, S, D].
 
-    Not `table[tokens]` where it is quantized: that rounds to the dtype of the scales, which may be narrower.
+    Where it is quantized, `table.take(tokens, dtype)` but for how the scales are gathered: see `_rows`, through whose
+    bits no derivative goes, which a library's look-up must have.
     """
     if jaxq.is_quantized(table):
         return jax.tree.map(lambda leaf: _rows(leaf, tokens), table).dequantize(dtype)
