@@ -8,8 +8,8 @@ else
 VENV := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 endif
 BIN := $(VENV)/bin
-# pip would compile every module of every package to bytecode, which takes longer than the rest; Python does it for
-# those that are imported. (In its environment the option reads the wrong way round: 0 means not to.)
+# pip would compile every module of every package to bytecode; Python does it for those that are imported. (In its
+# environment the option reads the wrong way round: 0 means not to.)
 INSTALL := PIP_NO_COMPILE=0 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_QUIET=1
 PIP := $(INSTALL) $(BIN)/python -m pip install
 # The old jaxlib has wheels for Python 3.10 to 3.13.
