@@ -66,12 +66,6 @@ JAXQ_INLINE __m512i ShiftedE2m1(__m512i codes) {
   return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), codes);
 }
 
-// The biases that go with codes as unsigned integers.
-void IntegerBiases(const Weight& weight, int64_t row, int64_t first, int64_t count, const float* scales, float* out) {
-  if (weight.format.affine()) return weight.Biases(row, first, count, out);
-  for (int64_t i = 0; i < count; ++i) out[i] = -12.0f * scales[i];  // scales are halved already
-}
-
 }  // namespace
 }  // namespace JAXQ_ISA
 }  // namespace jaxq::cpu

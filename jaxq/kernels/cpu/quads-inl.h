@@ -6,7 +6,7 @@
 #ifndef JAXQ_KERNELS_CPU_QUADS_INL_H_
 #define JAXQ_KERNELS_CPU_QUADS_INL_H_
 
-#include "simd-inl.h"
+#include "scales-inl.h"
 
 namespace jaxq::cpu {
 namespace JAXQ_ISA {
@@ -38,28 +38,13 @@ struct PanelScales {
   float scales[kMaxPanelGroups][kPanelRows], biases[kMaxPanelGroups][kPanelRows];
 };
 
-// The first of 16 values from `at` on that `mask` has, as floats.
-JAXQ_INLINE __m512 LoadSome(DType dtype, const void* base, int64_t at, __mmask16 mask) {
-  if (dtype == DType::kF32) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(base) + at);
-  const __m256i halves = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(base) + at);
-  if (dtype == DType::kF16) return _mm512_cvtph_ps(halves);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-}
-
-JAXQ_INLINE __m512 LoadScales(const Weight& weight, int64_t at, __mmask16 mask) {
-  if (weight.format.affine()) return LoadSome(weight.scale_dtype, weight.scales, at, mask);
-  const __m128i bytes = _mm_maskz_loadu_epi8(mask, static_cast<const uint8_t*>(weight.scales) + at);
-  const __m512 scales = weight.format.mode == Mode::kNvfp4 ? E4m3Floats(bytes) : E8m0Floats(bytes);
-  return weight.kind == Kind::kTwiceE2m1 ? _mm512_mul_ps(scales, _mm512_set1_ps(0.5f)) : scales;
-}
-
 // `centre` is what the panel subtracts from every code: it goes into the biases.
 void FillScales(const Weight& weight, int64_t n, int64_t count, int64_t first, int64_t groups, float centre,
                 PanelScales* out) {
   for (int64_t r0 = 0; r0 < count; r0 += 16) {
     for (int64_t j0 = 0; j0 < groups; j0 += 16) {
       const int64_t wide = Least(16, groups - j0);
-      const auto mask = static_cast<__mmask16>((1 << wide) - 1);
+      const __mmask16 mask = FirstLanes(wide);
       F scales[16], biases[16];
       for (int64_t r = 0; r < 16; ++r) {
         const int64_t at = (n + Least(r0 + r, count - 1)) * weight.groups + first + j0;

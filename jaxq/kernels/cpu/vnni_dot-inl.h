@@ -1,14 +1,19 @@
-// Few rows of x by a weight of integer codes, transpose=True, with VNNI: 64 bytes of w at a time against the digits of
-// x, which lie in the order in which the codes come out of those bytes.
+// Few rows of x by a weight of integer codes, transpose=True, with VNNI: a block of w at a time against the digits of x,
+// which lie in the order in which the codes come out of the block.
 //
 // Codes of 2, 4 and 8 bits: byte j of a block holds codes j*P .. j*P+P-1, P = 8/bits; plane p (shift by p*bits, mask)
-// gives every P-th code. Other widths: 64 codes in order. Either way a 32-bit lane sums 4*P neighbouring codes, which
-// lie in one group, in exact integers; then the lane's group's scale times the group's unit makes it a float.
+// gives every P-th code. Codes of 3 bits are moved two to a byte first, and are then like those of 4. Other widths: 64
+// codes in order. Either way a 32-bit lane sums 4*P neighbouring codes, which lie in one group, in exact integers; then
+// the lane's group's scale times the group's unit makes it a float.
+//
+// Scales go through registers 16 groups at a time: converted, multiplied by x's units, and dealt to the lanes of each
+// block by a permutation.
 
 #ifndef JAXQ_KERNELS_CPU_VNNI_DOT_INL_H_
 #define JAXQ_KERNELS_CPU_VNNI_DOT_INL_H_
 
 #include "digits-inl.h"
+#include "scales-inl.h"
 
 namespace jaxq::cpu {
 namespace JAXQ_ISA {
@@ -21,21 +26,30 @@ constexpr int64_t kTasksPerSlot = 8;
 // Bytes of w from what is read to what is fetched, into the second-level cache: the time that memory takes to answer.
 // Rows are too short, and too many at a time, for the hardware to see where they lead.
 constexpr int64_t kAhead = 16384;
+constexpr int64_t kChunk = 16;  // groups whose scales are in a register at a time
+
+template <DType kDType>
+struct DTypeConstant {
+  static constexpr DType value = kDType;
+};
 
 template <int kBits>
 struct DotShape {
-  static constexpr int kPlanes = 8 % kBits == 0 ? 8 / kBits : 1;
-  static constexpr int64_t kCodes = 64 * kPlanes;          // per block
-  static constexpr int64_t kBytes = kCodes / 8 * kBits;    // of w per block
+  static constexpr int kPlanes = kBits == 3 ? 2 : 8 % kBits == 0 ? 8 / kBits : 1;
+  static constexpr int64_t kCodes = 64 * kPlanes;           // per block; kChunk groups are whole blocks
+  static constexpr int64_t kBytes = kCodes / 8 * kBits;     // of w per block, at most 64
   static constexpr int64_t kDigitBytes = 3 * kPlanes * 64;  // of one row of x per block
 };
 
-// x as the kernel reads it, for each row of x: digits [blocks][3][planes][64], units [blocks][16 lanes], sums [G].
+// x as the kernel reads it, for each row of x: digits [blocks][3][planes][64]; units and sums [G], and zeros up to a
+// multiple of kChunk.
 struct DotX {
   int8_t* digits;
   float* units;
   float* sums;
   int64_t blocks, groups;
+
+  int64_t padded_groups() const { return RoundUp(groups, kChunk); }
 };
 
 // 64*kPlanes bytes -> planes of 64: plane p has every kPlanes-th byte, from byte p on.
@@ -62,139 +76,214 @@ JAXQ_INLINE void SplitPlanes(const int8_t* source, int8_t* out) {
 template <int kBits>
 bool PrepareDot(const MatmulArgs& args, int64_t m, const DotX& x, int8_t* natural) {
   using Shape = DotShape<kBits>;
-  const int64_t padded = x.blocks * Shape::kCodes, g = args.format.group_size;
-  float* units = reinterpret_cast<float*>(natural + 3 * padded);
+  const int64_t padded = x.blocks * Shape::kCodes, groups = x.padded_groups();
   std::memset(natural, 0, static_cast<size_t>(3 * padded));
-  const Digits row = {{natural, natural + padded, natural + 2 * padded}, units, x.sums + m * x.groups};
+  const Digits row = {{natural, natural + padded, natural + 2 * padded}, x.units + m * groups, x.sums + m * groups};
   if (!SplitRow(args, m, row)) return false;
+  for (int64_t j = x.groups; j < groups; ++j) row.unit[j] = row.sum[j] = 0.0f;
   int8_t* out = x.digits + m * x.blocks * Shape::kDigitBytes;
   for (int64_t b = 0; b < x.blocks; ++b)
     for (int d = 0; d < 3; ++d, out += 64 * Shape::kPlanes)
       SplitPlanes<Shape::kPlanes>(row.digit[d] + b * Shape::kCodes, out);
-  for (int64_t lane = 0; lane < x.blocks * 16; ++lane) {
-    const int64_t group = lane * 4 * Shape::kPlanes / g;
-    x.units[m * x.blocks * 16 + lane] = group < x.groups ? units[group] : 0.0f;
-  }
   return true;
 }
 
-// The planes of one block of w.
-template <int kBits, bool kE2m1>
-JAXQ_INLINE void LoadPlanes(const uint8_t* w, __mmask64 bytes, const Unpacker& unpack, __m512i* planes) {
-  const __m512i packed = _mm512_maskz_loadu_epi8(bytes, w);
-  const __m512i mask = _mm512_set1_epi8(static_cast<char>((1 << kBits) - 1));
-  if constexpr (kBits == 8) {
-    planes[0] = packed;
-  } else if constexpr (8 % kBits == 0) {
-    for (int p = 0; p < 8 / kBits; ++p) planes[p] = _mm512_and_si512(p ? _mm512_srli_epi16(packed, p * kBits) : packed, mask);
-  } else {
-    planes[0] = _mm512_permutexvar_epi8(unpack.spread, packed);
-    planes[0] = _mm512_and_si512(_mm512_multishift_epi64_epi8(unpack.shifts, planes[0]), mask);
-  }
-  if constexpr (kE2m1)
-    for (int p = 0; p < 8 / kBits; ++p) planes[p] = ShiftedE2m1(planes[p]);
-}
-
-// One block of codes by one row's digits: 16 sums, as floats. 8-bit codes need more than 32 bits for all three digits.
+// How the codes of a block become planes.
 template <int kBits>
-JAXQ_INLINE __m512 BlockSums(const __m512i* codes, const int8_t* digits) {
-  constexpr int kPlanes = DotShape<kBits>::kPlanes;
-  __m512i sums[3];
-  JAXQ_UNROLL
-  for (int d = 0; d < 3; ++d) {
-    sums[d] = _mm512_setzero_si512();
-    JAXQ_UNROLL
-    for (int p = 0; p < kPlanes; ++p)
-      sums[d] = DotBytes(sums[d], codes[p], _mm512_loadu_si512(digits + (d * kPlanes + p) * 64));
-  }
-  const __m512i high = _mm512_add_epi32(_mm512_slli_epi32(sums[0], 8), sums[1]);
-  if constexpr (kBits == 8)
-    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(sums[2]));
-  return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 8), sums[2]));
-}
+struct DotUnpacker {
+  __m512i spread, shifts;
 
-// Which of a block's scales each lane takes.
-struct ScaleLanes {
-  __m512i index;
-  __mmask16 mask;
-  int64_t per_block;
+  // Groups of 8 bytes get the bits of 8*kPlanes codes, and then each byte those of kPlanes codes.
+  DotUnpacker() {
+    constexpr int kStep = kBits * DotShape<kBits>::kPlanes;
+    alignas(64) uint8_t from[64], shift[64];
+    for (int i = 0; i < 64; ++i) {
+      from[i] = static_cast<uint8_t>((i / 8 * kStep + i % 8) & 63);
+      shift[i] = static_cast<uint8_t>(i % 8 * kStep);
+    }
+    spread = _mm512_load_si512(from), shifts = _mm512_load_si512(shift);
+  }
+
+  template <bool kE2m1>
+  JAXQ_INLINE void operator()(const uint8_t* w, __mmask64 bytes, __m512i* planes) const {
+    using Shape = DotShape<kBits>;
+    __m512i packed = _mm512_maskz_loadu_epi8(bytes, w);
+    if constexpr (8 % kBits != 0)
+      packed = _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(spread, packed));
+    const __m512i mask = _mm512_set1_epi8(static_cast<char>((1 << kBits) - 1));
+    JAXQ_UNROLL
+    for (int p = 0; p < Shape::kPlanes; ++p) {
+      planes[p] = p ? _mm512_srli_epi16(packed, p * kBits) : packed;
+      if constexpr (kBits != 8) planes[p] = _mm512_and_si512(planes[p], mask);
+      if constexpr (kE2m1) planes[p] = ShiftedE2m1(planes[p]);
+    }
+  }
 };
 
-template <int kBits>
-ScaleLanes MakeScaleLanes(int64_t g) {
-  alignas(64) int32_t index[16];
-  for (int i = 0; i < 16; ++i) index[i] = static_cast<int32_t>(i * 4 * DotShape<kBits>::kPlanes / g);
-  const int64_t per_block = DotShape<kBits>::kCodes / g;  // 0: two blocks share one
-  return {_mm512_load_si512(index), static_cast<__mmask16>((1 << Most(per_block, 1)) - 1), per_block};
-}
-
-constexpr int kVnniRows = 4;  // rows of w at a time
-
-template <int kBits, bool kE2m1, int kM>
-JAXQ_INLINE void DotStep(const uint8_t* const* w, const float* const* scales, int64_t block, int64_t g, __mmask64 bytes,
-                         __mmask16 scale_mask, const ScaleLanes& lanes, const Unpacker& unpack, const DotX& x,
-                         __m512 (*totals)[kM]) {
+// kRows rows of w against kM rows of x.
+template <int kBits, bool kE2m1, int kM, int kRows>
+struct DotTile {
   using Shape = DotShape<kBits>;
-  JAXQ_UNROLL
-  for (int r = 0; r < kVnniRows; ++r) {
-    __m512i codes[Shape::kPlanes];
-    _mm_prefetch(reinterpret_cast<const char*>(w[r] + kAhead + block * Shape::kBytes), _MM_HINT_T1);
-    LoadPlanes<kBits, kE2m1>(w[r] + block * Shape::kBytes, bytes, unpack, codes);
-    const float* s = scales[r] + block * Shape::kCodes / g;
-    const __m512 scale = _mm512_permutexvar_ps(lanes.index, _mm512_maskz_loadu_ps(scale_mask, s));
+  static constexpr int kPlanes = Shape::kPlanes;
+
+  const MatmulArgs& args;
+  const Weight& weight;
+  const DotX x;
+  const DotUnpacker<kBits> unpack;
+
+  struct State {
+    const uint8_t* w[kRows];
+    int64_t first_group[kRows];  // in the arrays of scales and biases
+    __m512 scales[kRows][kM];    // of a chunk of groups, times x's units
+    __m512 totals[kRows][kM];
+  };
+
+  // load(r) gives the scales and biases of the chunk from `group` on.
+  template <typename Load>
+  JAXQ_INLINE void LoadChunk(int64_t group, State* state, Load&& load) const {
+    const int64_t padded = x.padded_groups();
+    JAXQ_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      __m512 scales, biases;
+      load(state->first_group[r] + group, &scales, &biases);
+      JAXQ_UNROLL
+      for (int m = 0; m < kM; ++m) {
+        state->scales[r][m] = _mm512_mul_ps(scales, _mm512_loadu_ps(x.units + m * padded + group));
+        state->totals[r][m] = _mm512_fmadd_ps(biases, _mm512_loadu_ps(x.sums + m * padded + group), state->totals[r][m]);
+      }
+    }
+  }
+
+  // What the scales are is asked once for all rows.
+  JAXQ_INLINE void LoadChunk(int64_t group, State* state) const {
+    const __mmask16 mask = FirstLanes(x.groups - group);
+    const auto of_dtype = [&](auto dtype) {
+      LoadChunk(group, state, [&](int64_t at, __m512* scales, __m512* biases) __attribute__((always_inline)) {
+        *scales = LoadSome(decltype(dtype)::value, weight.scales, at, mask);
+        *biases = LoadSome(decltype(dtype)::value, weight.biases, at, mask);
+      });
+    };
+    if constexpr (kE2m1) {
+      LoadChunk(group, state, [&](int64_t at, __m512* scales, __m512* biases) __attribute__((always_inline)) {
+        *scales = LoadScales(weight, at, mask);
+        *biases = _mm512_mul_ps(*scales, _mm512_set1_ps(-12.0f));  // scales are halved already
+      });
+    } else if (weight.scale_dtype == DType::kBF16) {
+      of_dtype(DTypeConstant<DType::kBF16>{});
+    } else if (weight.scale_dtype == DType::kF16) {
+      of_dtype(DTypeConstant<DType::kF16>{});
+    } else {
+      of_dtype(DTypeConstant<DType::kF32>{});
+    }
+  }
+
+  // One block. `lanes`: the group of each lane, from the chunk's first on.
+  JAXQ_INLINE void Step(int64_t block, __mmask64 bytes, __m512i lanes, State* state) const {
+    __m512i codes[kRows][kPlanes];
+    JAXQ_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const uint8_t* w = state->w[r] + block * Shape::kBytes;
+      _mm_prefetch(reinterpret_cast<const char*>(w + kAhead), _MM_HINT_T1);
+      unpack.template operator()<kE2m1>(w, bytes, codes[r]);
+    }
     JAXQ_UNROLL
     for (int m = 0; m < kM; ++m) {
-      const int64_t at = m * x.blocks + block;
-      const __m512 sums = BlockSums<kBits>(codes, x.digits + at * Shape::kDigitBytes);
-      totals[r][m] = _mm512_fmadd_ps(sums, _mm512_mul_ps(scale, _mm512_loadu_ps(x.units + at * 16)), totals[r][m]);
-    }
-  }
-}
-
-constexpr int64_t kScaleChunk = 512;  // scales of a row that are converted at a time
-
-// Rows n .. n+count of w, kVnniRows at most.
-template <int kBits, bool kE2m1, int kM>
-void VnniRows(const MatmulArgs& args, const Weight& weight, int64_t n, int64_t count, const ScaleLanes& lanes,
-              const Unpacker& unpack, const DotX& x) {
-  using Shape = DotShape<kBits>;
-  const int64_t g = args.format.group_size, chunk = kScaleChunk * g / Shape::kCodes;  // blocks
-  float scales[kVnniRows][kScaleChunk], biases[kScaleChunk];
-  __m512 totals[kVnniRows][kM];
-  const uint8_t* w[kVnniRows];
-  const float* scale_rows[kVnniRows];
-  JAXQ_UNROLL
-  for (int r = 0; r < kVnniRows; ++r) {
-    w[r] = weight.packed + (n + Least(r, count - 1)) * weight.row_bytes;
-    JAXQ_UNROLL
-    for (int m = 0; m < kM; ++m) totals[r][m] = _mm512_setzero_ps();
-  }
-  for (int64_t first = 0; first < x.blocks; first += chunk) {
-    const int64_t last = Least(x.blocks, first + chunk), group = first * Shape::kCodes / g;
-    const int64_t groups = Least(x.groups - group, kScaleChunk);
-    JAXQ_UNROLL
-    for (int r = 0; r < kVnniRows; ++r) {
-      const int64_t row = n + Least(r, count - 1);
-      weight.Scales(row, group, groups, scales[r]);
-      scale_rows[r] = scales[r] - group;
-      IntegerBiases(weight, row, group, groups, scales[r], biases);
+      const int8_t* digits = x.digits + (m * x.blocks + block) * Shape::kDigitBytes;
+      __m512i sums[kRows], low[kRows];
       JAXQ_UNROLL
-      for (int m = 0; m < kM; ++m)
-        totals[r][m] = DotGroups(biases, x.sums + m * x.groups + group, groups, totals[r][m]);
-    }
-    const int64_t whole = Least(last, args.K / Shape::kCodes);
-    for (int64_t b = first; b < whole; ++b)
-      DotStep<kBits, kE2m1, kM>(w, scale_rows, b, g, FirstBytes(Shape::kBytes), lanes.mask, lanes, unpack, x, totals);
-    if (whole < last) {
-      const int64_t rest = args.K - whole * Shape::kCodes;
-      const auto scale_mask = static_cast<__mmask16>((1 << Ceil(rest, g)) - 1);
-      DotStep<kBits, kE2m1, kM>(w, scale_rows, whole, g, FirstBytes(rest / 8 * kBits), scale_mask, lanes, unpack, x,
-                                totals);
+      for (int r = 0; r < kRows; ++r) sums[r] = low[r] = _mm512_setzero_si512();
+      // All rows take one digit after the other, so that there is always one that need not wait for its last sum.
+      JAXQ_UNROLL
+      for (int d = 0; d < 3; ++d) {
+        JAXQ_UNROLL
+        for (int p = 0; p < kPlanes; ++p) {
+          const __m512i digit = _mm512_loadu_si512(digits + (d * kPlanes + p) * 64);
+          JAXQ_UNROLL
+          for (int r = 0; r < kRows; ++r) {
+            // 8-bit codes need more than 32 bits for all three digits.
+            __m512i& sum = kBits == 8 && d == 2 ? low[r] : sums[r];
+            if (p == 0 && d > 0 && !(kBits == 8 && d == 2)) sum = _mm512_slli_epi32(sum, 8);
+            sum = DotBytes(sum, codes[r][p], digit);
+          }
+        }
+      }
+      JAXQ_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        __m512 sum = _mm512_cvtepi32_ps(sums[r]);
+        if (kBits == 8) sum = _mm512_fmadd_ps(sum, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(low[r]));
+        const __m512 scales = _mm512_permutexvar_ps(lanes, state->scales[r][m]);
+        state->totals[r][m] = _mm512_fmadd_ps(sum, scales, state->totals[r][m]);
+      }
     }
   }
-  for (int64_t r = 0; r < count; ++r)
+
+  // Rows n .. n+count of w, kRows at most.
+  JAXQ_INLINE void Rows(int64_t n, int64_t count) const {
+    const int64_t g = weight.format.group_size, per_chunk = kChunk * g / Shape::kCodes;
+    const __m128i shift = _mm_cvtsi32_si128(__builtin_ctz(static_cast<unsigned>(g)));
+    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i lane_codes = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(4 * kPlanes));
+    const int64_t blocks = args.K / Shape::kCodes, rest = args.K % Shape::kCodes;
+    State state;
     JAXQ_UNROLL
-    for (int m = 0; m < kM; ++m) StoreAs(args.x_dtype, args.y, m * args.N + n + r, _mm512_reduce_add_ps(totals[r][m]));
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t row = n + Least(r, count - 1);
+      state.w[r] = weight.packed + row * weight.row_bytes;
+      state.first_group[r] = row * x.groups;
+      JAXQ_UNROLL
+      for (int m = 0; m < kM; ++m) state.totals[r][m] = _mm512_setzero_ps();
+    }
+    for (int64_t first = 0, group = 0; first < x.blocks; first += per_chunk, group += kChunk) {
+      LoadChunk(group, &state);
+      const int64_t last = Least(blocks, first + per_chunk);
+      __m512i at = lane_codes;
+      for (int64_t b = first; b < last; ++b) {
+        Step(b, FirstBytes(Shape::kBytes), _mm512_srl_epi32(at, shift), &state);
+        at = _mm512_add_epi32(at, _mm512_set1_epi32(Shape::kCodes));
+      }
+      if (rest && blocks < first + per_chunk)
+        Step(blocks, FirstBytes(rest / 8 * kBits), _mm512_srl_epi32(at, shift), &state);
+    }
+    JAXQ_UNROLL
+    for (int m = 0; m < kM; ++m) {
+      __m512 totals[4];
+      JAXQ_UNROLL
+      for (int r = 0; r < 4; ++r) totals[r] = r < kRows ? state.totals[r % kRows][m] : _mm512_setzero_ps();
+      StoreSome(args.x_dtype, args.y, m * args.N + n, count, SumFour(totals));
+    }
+  }
+
+  void operator()(int64_t first, int64_t last) const {
+    for (int64_t n = first; n < last; n += kRows) Rows(n, Least(kRows, last - n));
+  }
+};
+
+// Tasks in as many runs as there are workers: each takes the next of its own run, and of another's once that is over.
+struct Runs {
+  int64_t tasks;
+  int64_t slots;
+  int64_t* next;  // [slots], 64 bytes apart: how many of each run are taken
+
+  static int64_t RoomFor(int64_t slots) { return Room<int64_t>(8 * slots); }
+
+  int64_t First(int64_t run) const { return tasks * run / slots; }
+  int64_t Take(int64_t slot) const {
+    for (int64_t run = slot;; run = run + 1 < slots ? run + 1 : 0) {
+      const int64_t task = First(run) + __atomic_fetch_add(next + 8 * run, 1, __ATOMIC_RELAXED);
+      if (task < First(run + 1)) return task;
+    }
+  }
+};
+
+template <int kBits, bool kE2m1, int kM, int kRows>
+void DotTasks(const MatmulArgs& args, const Weight& weight, const Parallel& parallel, const DotX& x, int64_t* next) {
+  const DotTile<kBits, kE2m1, kM, kRows> tile{args, weight, x, {}};
+  const int64_t rows = Most(Ceil(Ceil(args.N, kTasksPerSlot * parallel.slots()), kVnniTask), 1) * kVnniTask;
+  const Runs runs = {Ceil(args.N, rows), parallel.slots(), next};
+  parallel.For(runs.tasks, [&](int64_t, int slot) {
+    const int64_t first = runs.Take(slot) * rows;
+    tile(first, Least(args.N, first + rows));
+  });
 }
 
 template <int kBits, bool kE2m1>
@@ -202,28 +291,21 @@ Outcome VnniDot(const MatmulArgs& args, const Weight& weight, const Parallel& pa
   using Shape = DotShape<kBits>;
   DotX x;
   x.blocks = Ceil(args.K, Shape::kCodes), x.groups = args.groups();
-  const int64_t natural_bytes = 3 * x.blocks * Shape::kCodes + (x.groups + 16) * 4;
-  const Scratch scratch(Room<int8_t>(args.M * x.blocks * Shape::kDigitBytes) + Room<float>(args.M * x.blocks * 16) +
-                        Room<float>(args.M * x.groups) + Room<int8_t>(natural_bytes));
+  const int64_t floats = args.M * x.padded_groups();
+  const Scratch scratch(Room<int8_t>(args.M * x.blocks * Shape::kDigitBytes) + 2 * Room<float>(floats) +
+                        Runs::RoomFor(parallel.slots()) + Room<int8_t>(3 * x.blocks * Shape::kCodes));
   if (!scratch.ok()) return Outcome::kNoMemory;
   char* cursor = scratch.data();
   x.digits = Take<int8_t>(&cursor, args.M * x.blocks * Shape::kDigitBytes);
-  x.units = Take<float>(&cursor, args.M * x.blocks * 16);
-  x.sums = Take<float>(&cursor, args.M * x.groups);
+  x.units = Take<float>(&cursor, floats);
+  x.sums = Take<float>(&cursor, floats);
+  int64_t* next = Take<int64_t>(&cursor, 8 * parallel.slots());
+  std::memset(next, 0, static_cast<size_t>(Runs::RoomFor(parallel.slots())));
   for (int64_t m = 0; m < args.M; ++m)
     if (!PrepareDot<kBits>(args, m, x, reinterpret_cast<int8_t*>(cursor))) return Outcome::kDeclined;
-  const ScaleLanes lanes = MakeScaleLanes<kBits>(args.format.group_size);
-  const Unpacker unpack(kBits);
-  const int64_t rows = Most(Ceil(Ceil(args.N, kTasksPerSlot * parallel.slots()), kVnniTask), 1) * kVnniTask;
-  parallel.For(Ceil(args.N, rows), [&](int64_t task, int) {
-    const int64_t last = Least(args.N, (task + 1) * rows);
-    for (int64_t n = task * rows; n < last; n += kVnniRows) {
-      const int64_t count = Least(kVnniRows, last - n);
-      if (args.M == 1) VnniRows<kBits, kE2m1, 1>(args, weight, n, count, lanes, unpack, x);
-      if (args.M == 2) VnniRows<kBits, kE2m1, 2>(args, weight, n, count, lanes, unpack, x);
-      if (args.M == 3) VnniRows<kBits, kE2m1, 3>(args, weight, n, count, lanes, unpack, x);
-    }
-  });
+  if (args.M == 1) DotTasks<kBits, kE2m1, 1, 4>(args, weight, parallel, x, next);
+  if (args.M == 2) DotTasks<kBits, kE2m1, 2, 4>(args, weight, parallel, x, next);
+  if (args.M == 3) DotTasks<kBits, kE2m1, 3, 4>(args, weight, parallel, x, next);
   return Outcome::kDone;
 }
 
