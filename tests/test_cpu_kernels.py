@@ -327,19 +327,25 @@ print(digest.hexdigest())
 """
 
 
-def test_same_bits_on_one_cpu_and_on_all():
-    """XLA's pool has a thread for every CPU that the process may use."""
+def outputs_on_one_cpu_and_on_all(code: str) -> set[str]:
+    """What a program prints that gets "one", and binds itself to a CPU then, or "all".
+
+    XLA's pool has a thread for every CPU that the process may use.
+    """
     if not hasattr(os, "sched_setaffinity"):
         pytest.skip("this system cannot bind a process to a CPU")
     paths = [str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).parents[1])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "JAX_PLATFORMS": "cpu"}
-    digests = {
+    return {
         subprocess.run(
-            [sys.executable, "-c", _PRINT_BITS, cpus], env=environment, check=True, capture_output=True, text=True
+            [sys.executable, "-c", code, cpus], env=environment, check=True, capture_output=True, text=True
         ).stdout
         for cpus in ("one", "all")
     }
-    assert len(digests) == 1
+
+
+def test_same_bits_on_one_cpu_and_on_all():
+    assert len(outputs_on_one_cpu_and_on_all(_PRINT_BITS)) == 1
 
 
 def test_a_library_that_cannot_be_opened_says_why(tmp_path):

@@ -7,7 +7,13 @@ import functools
 import pathlib
 import sys
 
-CPU_HANDLERS = ("jaxq_quantized_matmul_cpu", "jaxq_dequantize_cpu", "jaxq_quantize_cpu", "jaxq_empty_cpu")
+CPU_HANDLERS = (
+    "jaxq_quantized_matmul_cpu",
+    "jaxq_dequantize_cpu",
+    "jaxq_quantize_cpu",
+    "jaxq_cached_attention_cpu",
+    "jaxq_empty_cpu",
+)
 
 
 class KernelsUnavailable(RuntimeError):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxq import kernels
+from jaxq import _compat, kernels
 from jaxq.spec import QuantSpec
 
 NAME = "cpu"
@@ -88,15 +88,31 @@ def quantized_matmul(
     return _call(name, result, x, *leaves, spec=spec, implementation=implementation, transpose=transpose)
 
 
+def cached_attention(*operands: jax.Array, scale: float, implementation: str | None = None) -> Any:
+    """q[B, S, H, hd], k and v [B, S, KV, hd], two caches [L, B, KV, T, hd], int32[] twice -> y, as q, and the caches.
+
+    What `jaxq.attention.cached_attention` says; the caches are updated where they lie.
+    """
+    operands = _compat.align_varying(*operands)
+    results = tuple(jax.typeof(operands[i]) for i in (0, 3, 4))
+    call = jax.ffi.ffi_call(
+        "jaxq_cached_attention_cpu", results, vmap_method="sequential", input_output_aliases={3: 1, 4: 2}
+    )
+    return call(*operands, scale=np.float32(scale), isa=_isa(implementation))
+
+
+def _isa(implementation: str | None) -> str:
+    return (implementation or "").partition(":")[2]
+
+
 def _call(
     target: str, results: Any, *operands: jax.Array, spec: QuantSpec, implementation: str | None, **attributes: Any
 ) -> Any:
-    isa = (implementation or "").partition(":")[2]
     return jax.ffi.ffi_call(target, results)(
         *operands,
         mode=spec.mode,
         bits=np.int64(spec.bits),
         group_size=np.int64(spec.group_size),
-        isa=isa,
+        isa=_isa(implementation),
         **attributes,
     )

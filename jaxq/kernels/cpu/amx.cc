@@ -43,6 +43,6 @@ Outcome Matmul(const MatmulArgs& args, const Parallel& parallel) {
 }  // namespace
 }  // namespace amx
 
-const Isa kAmx = {"amx", MissingAmx, nullptr, nullptr, amx::Matmul};
+const Isa kAmx = {"amx", MissingAmx, nullptr, nullptr, amx::Matmul, nullptr};
 
 }  // namespace jaxq::cpu

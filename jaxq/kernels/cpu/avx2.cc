@@ -107,11 +107,12 @@ JAXQ_INLINE void Transpose(F r[8]) {
 }  // namespace
 }  // namespace jaxq::cpu::avx2
 
+#include "attention-inl.h"
 #include "convert-inl.h"
 #include "matmul-inl.h"
 
 namespace jaxq::cpu {
 
-const Isa kAvx2 = {"avx2", MissingAvx2, avx2::Quantize, avx2::Dequantize, avx2::Matmul};
+const Isa kAvx2 = {"avx2", MissingAvx2, avx2::Quantize, avx2::Dequantize, avx2::Matmul, avx2::Attention};
 
 }  // namespace jaxq::cpu

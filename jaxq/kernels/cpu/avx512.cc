@@ -20,11 +20,13 @@ namespace {
 }  // namespace
 }  // namespace jaxq::cpu::avx512
 
+#include "attention-inl.h"
 #include "convert-inl.h"
 #include "matmul-inl.h"
 
 namespace jaxq::cpu {
 
-const Isa kAvx512 = {"avx512", MissingAvx512, avx512::Quantize, avx512::Dequantize, avx512::Matmul};
+const Isa kAvx512 = {"avx512", MissingAvx512, avx512::Quantize, avx512::Dequantize, avx512::Matmul,
+                      avx512::Attention};
 
 }  // namespace jaxq::cpu

@@ -25,6 +25,7 @@ namespace {
 namespace jaxq::cpu {
 
 // Everything else is avx512_vnni's.
-const Isa kAvx512Bf16 = {"avx512_bf16", MissingAvx512Bf16, nullptr, nullptr, avx512_bf16::MatmulBf16};
+const Isa kAvx512Bf16 = {"avx512_bf16", MissingAvx512Bf16, nullptr, nullptr,
+                         avx512_bf16::MatmulBf16, nullptr};
 
 }  // namespace jaxq::cpu

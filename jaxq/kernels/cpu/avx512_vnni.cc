@@ -40,6 +40,6 @@ Outcome MatmulVnni(const MatmulArgs& args, const Parallel& parallel) {
 }  // namespace avx512_vnni
 
 const Isa kAvx512Vnni = {"avx512_vnni", MissingAvx512Vnni, avx512_vnni::Quantize, avx512_vnni::Dequantize,
-                         avx512_vnni::MatmulVnni};
+                         avx512_vnni::MatmulVnni, nullptr};
 
 }  // namespace jaxq::cpu

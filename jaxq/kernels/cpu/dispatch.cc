@@ -95,6 +95,9 @@ Outcome Dequantize(int first, const DequantizeArgs& args, const Parallel& parall
 Outcome Matmul(int first, const MatmulArgs& args, const Parallel& parallel) {
   return RunFirst(first, &Isa::matmul, args, parallel);
 }
+Outcome Attention(int first, const AttentionArgs& args, const Parallel& parallel) {
+  return RunFirst(first, &Isa::attention, args, parallel);
+}
 
 }  // namespace jaxq::cpu
 

@@ -16,6 +16,7 @@ const char* Missing(int index);  // asked once per process
 Outcome Quantize(int first, const QuantizeArgs& args, const Parallel& parallel);
 Outcome Dequantize(int first, const DequantizeArgs& args, const Parallel& parallel);
 Outcome Matmul(int first, const MatmulArgs& args, const Parallel& parallel);
+Outcome Attention(int first, const AttentionArgs& args, const Parallel& parallel);
 
 }  // namespace jaxq::cpu
 

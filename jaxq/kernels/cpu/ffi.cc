@@ -1,4 +1,5 @@
-// The handlers that XLA calls. Every buffer is checked against the attributes before a kernel sees it.
+// The handlers that XLA calls for quantized weights. Every buffer is checked against the attributes before a kernel
+// sees it.
 
 #include <cstring>
 #include <new>
@@ -7,49 +8,13 @@
 #include <string_view>
 
 #include "dispatch.h"
+#include "ffi_checks.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "xla/ffi/api/ffi.h"
 
-namespace ffi = xla::ffi;
-
 namespace jaxq::cpu {
 namespace {
-
-using Dims = ffi::Span<const int64_t>;
-
-// What stands in an error message; the first failed check wins.
-struct Failure {
-  std::string message;
-  ffi::ErrorCode code = ffi::ErrorCode::kInvalidArgument;
-};
-
-ffi::Error ErrorOf(const char* op, const Failure& failure) {
-  return ffi::Error(failure.code, std::string("jaxq ") + op + " on cpu: " + failure.message);
-}
-
-std::string ShapeText(Dims dims) {
-  std::string text = "[";
-  for (size_t i = 0; i < dims.size(); ++i) text += (i ? ", " : "") + std::to_string(dims[i]);
-  return text + "]";
-}
-
-bool IsFloat(ffi::DataType dtype) {
-  return dtype == ffi::DataType::F32 || dtype == ffi::DataType::F16 || dtype == ffi::DataType::BF16;
-}
-
-DType DTypeOf(ffi::DataType dtype) {
-  switch (dtype) {
-    case ffi::DataType::F32:
-      return DType::kF32;
-    case ffi::DataType::F16:
-      return DType::kF16;
-    case ffi::DataType::BF16:
-      return DType::kBF16;
-    default:
-      return DType::kU8;
-  }
-}
 
 // The attributes that all three share.
 struct Common {
@@ -79,13 +44,7 @@ bool ParseCommon(std::string_view mode, int64_t bits, int64_t group_size, std::s
     return fail("bits=" + std::to_string(bits) + " with group_size=" + std::to_string(group_size) +
                 " is no format of mode '" + std::string(mode) + "'");
   common->format.bits = static_cast<int>(bits), common->format.group_size = static_cast<int>(group_size);
-  common->isa = FindIsa(isa.data(), isa.size());
-  if (common->isa < 0) return fail("instruction set '" + std::string(isa) + "' is not in this build");
-  if (const char* missing = Missing(common->isa)) {
-    failure->code = ffi::ErrorCode::kUnimplemented;
-    return fail("'" + std::string(isa) + "' cannot run here: " + missing);
-  }
-  return true;
+  return ParseIsa(isa, &common->isa, failure);
 }
 
 // A quantized weight's buffers, [batch..., rows, ...] each.
@@ -96,13 +55,6 @@ struct Weight {
   const ffi::AnyBuffer* biases;  // null in the float modes
   DType scale_dtype;
 };
-
-bool SameDims(Dims a, Dims b) {
-  if (a.size() != b.size()) return false;
-  for (size_t i = 0; i < a.size(); ++i)
-    if (a[i] != b[i]) return false;
-  return true;
-}
 
 int64_t Product(Dims dims, size_t end) {
   int64_t product = 1;
@@ -146,12 +98,6 @@ bool OptionalArg(ffi::RemainingArgs args, std::optional<ffi::AnyBuffer>* buffer,
   if (!got.has_value()) return failure->message = "the last operand is no buffer", false;
   buffer->emplace(*got);
   return true;
-}
-
-ffi::Error Finish(const char* op, Outcome outcome) {
-  if (outcome == Outcome::kDone) return ffi::Error::Success();
-  if (outcome == Outcome::kNoMemory) return ErrorOf(op, {"out of memory for scratch", ffi::ErrorCode::kResourceExhausted});
-  return ErrorOf(op, {"no kernel took the call", ffi::ErrorCode::kInternal});
 }
 
 const uint8_t* Bytes(const ffi::AnyBuffer& buffer) { return static_cast<const uint8_t*>(buffer.untyped_data()); }
@@ -296,7 +242,6 @@ ffi::Error EmptyHandler(ffi::AnyBuffer, ffi::Result<ffi::AnyBuffer>) { return ff
 }  // namespace
 }  // namespace jaxq::cpu
 
-#define JAXQ_EXPORT extern "C" __attribute__((visibility("default")))
 JAXQ_EXPORT XLA_FFI_Error* jaxq_quantized_matmul_cpu(XLA_FFI_CallFrame*);
 JAXQ_EXPORT XLA_FFI_Error* jaxq_dequantize_cpu(XLA_FFI_CallFrame*);
 JAXQ_EXPORT XLA_FFI_Error* jaxq_quantize_cpu(XLA_FFI_CallFrame*);

@@ -106,6 +106,25 @@ struct MatmulArgs {
   JAXQ_INLINE int64_t row_bytes() const { return K / 8 * format.bits; }
 };
 
+// Attention of new tokens over one layer of a cache, which they join: the keys and values of token s, of S, are written
+// at `position` + s, and its queries see the positions up to that one. Everything is dense and in C order. All sizes are
+// at least 1; `heads` is a multiple of `kv_heads`, whose keys and values each serve heads/kv_heads queries of a token.
+struct AttentionArgs {
+  int64_t batch, tokens, heads, kv_heads, length, dim;
+  int64_t position;  // position + tokens <= length
+  float scale;       // of the products of queries and keys
+  DType dtype;       // of q, k, v and y
+  DType cache_dtype;
+  const void* q;  // [batch, tokens, heads, dim]
+  const void* k;  // [batch, tokens, kv_heads, dim]
+  const void* v;
+  void* cache_k;  // [batch, kv_heads, length, dim]
+  void* cache_v;
+  void* y;  // as q
+
+  JAXQ_INLINE int64_t repeat() const { return heads / kv_heads; }
+};
+
 // One instruction set. `missing` returns null where this CPU (and its operating system) can run it, else what it
 // lacks, for people to read. A null kernel declines everything.
 struct Isa {
@@ -114,6 +133,7 @@ struct Isa {
   Outcome (*quantize)(const QuantizeArgs&, const Parallel&);
   Outcome (*dequantize)(const DequantizeArgs&, const Parallel&);
   Outcome (*matmul)(const MatmulArgs&, const Parallel&);
+  Outcome (*attention)(const AttentionArgs&, const Parallel&);
 };
 
 }  // namespace jaxq::cpu

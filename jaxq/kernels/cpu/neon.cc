@@ -17,11 +17,12 @@ namespace {
 }  // namespace
 }  // namespace jaxq::cpu::neon
 
+#include "attention-inl.h"
 #include "convert-inl.h"
 #include "matmul-inl.h"
 
 namespace jaxq::cpu {
 
-const Isa kNeon = {"neon", MissingNeon, neon::Quantize, neon::Dequantize, neon::Matmul};
+const Isa kNeon = {"neon", MissingNeon, neon::Quantize, neon::Dequantize, neon::Matmul, neon::Attention};
 
 }  // namespace jaxq::cpu

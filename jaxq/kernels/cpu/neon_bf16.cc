@@ -84,6 +84,6 @@ Outcome Matmul(const MatmulArgs& args, const Parallel& parallel) {
 }  // namespace
 }  // namespace neon_bf16
 
-const Isa kNeonBf16 = {"neon_bf16", MissingNeonBf16, nullptr, nullptr, neon_bf16::Matmul};
+const Isa kNeonBf16 = {"neon_bf16", MissingNeonBf16, nullptr, nullptr, neon_bf16::Matmul, nullptr};
 
 }  // namespace jaxq::cpu

@@ -21,6 +21,7 @@ namespace {
 
 namespace jaxq::cpu {
 
-const Isa kNeonDotprod = {"neon_dotprod", MissingNeonDotprod, nullptr, nullptr, neon_dotprod::MatmulDigits};
+const Isa kNeonDotprod = {"neon_dotprod", MissingNeonDotprod, nullptr, nullptr,
+                          neon_dotprod::MatmulDigits, nullptr};
 
 }  // namespace jaxq::cpu

@@ -72,6 +72,6 @@ Outcome Matmul(const MatmulArgs& args, const Parallel& parallel) {
 }  // namespace
 }  // namespace neon_i8mm
 
-const Isa kNeonI8mm = {"neon_i8mm", MissingNeonI8mm, nullptr, nullptr, neon_i8mm::Matmul};
+const Isa kNeonI8mm = {"neon_i8mm", MissingNeonI8mm, nullptr, nullptr, neon_i8mm::Matmul, nullptr};
 
 }  // namespace jaxq::cpu

@@ -1,7 +1,9 @@
 // The portable kernels: every format, every operation, one loop each. They define what the others must give.
 
 #include <cmath>
+#include <cstdlib>
 
+#include "attention_cache-inl.h"
 #include "isas.h"
 #include "numbers.h"
 #include "quantize-inl.h"
@@ -117,8 +119,44 @@ Outcome Matmul(const MatmulArgs& args, const Parallel& parallel) {
   return Outcome::kDone;
 }
 
+// One row of queries over all that it sees: scores, their exponentials relative to the largest, the weighted sum.
+void AttendRow(const AttentionArgs& args, int64_t b, int64_t kv, int64_t row, float* scores, float* sums) {
+  const int64_t q = OffsetOfRow(args, b, kv, row), keys = (b * args.kv_heads + kv) * args.length * args.dim;
+  const int64_t seen = Visible(args, row);
+  float largest = -INFINITY, weight = 0;
+  for (int64_t t = 0; t < seen; ++t) {
+    float sum = 0;
+    for (int64_t d = 0; d < args.dim; ++d)
+      sum += LoadAs(args.dtype, args.q, q + d) * LoadAs(args.cache_dtype, args.cache_k, keys + t * args.dim + d);
+    scores[t] = args.scale * sum;
+    largest = std::fmax(largest, scores[t]);
+  }
+  for (int64_t d = 0; d < args.dim; ++d) sums[d] = 0;
+  for (int64_t t = 0; t < seen; ++t) {
+    const float share = std::exp(scores[t] - largest);
+    weight += share;
+    for (int64_t d = 0; d < args.dim; ++d)
+      sums[d] += share * LoadAs(args.cache_dtype, args.cache_v, keys + t * args.dim + d);
+  }
+  for (int64_t d = 0; d < args.dim; ++d) StoreAs(args.dtype, args.y, q + d, sums[d] / weight);
+}
+
+Outcome Attention(const AttentionArgs& args, const Parallel& parallel) {
+  const int64_t rows = args.tokens * args.repeat(), room = args.position + args.tokens + args.dim;
+  float* const scratch = static_cast<float*>(std::malloc(sizeof(float) * static_cast<size_t>(room * parallel.slots())));
+  if (scratch == nullptr) return Outcome::kNoMemory;
+  AppendAll(args, parallel);
+  parallel.For(args.batch * args.kv_heads * rows, [&](int64_t task, int slot) {
+    const int64_t head = task / rows;
+    float* const own = scratch + slot * room;
+    AttendRow(args, head / args.kv_heads, head % args.kv_heads, task % rows, own, own + room - args.dim);
+  });
+  std::free(scratch);
+  return Outcome::kDone;
+}
+
 }  // namespace
 
-const Isa kScalar = {"scalar", Missing, Quantize, Dequantize, Matmul};
+const Isa kScalar = {"scalar", Missing, Quantize, Dequantize, Matmul, Attention};
 
 }  // namespace jaxq::cpu
