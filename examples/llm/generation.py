@@ -48,18 +48,14 @@ def decode(
     """
 
     def step(carry: Any, _: Any) -> Any:
-        token, recent, at = carry
-        logits, recent = model.step(config, params, token, cache, recent, position, at)
+        token, cache, at = carry
+        logits, cache = model.extend(config, params, token[:, None], cache, at, jnp.int32(0))
         token = choose(logits, sampling, jax.random.fold_in(key, at))
-        return (token, recent, at + 1), token
+        return (token, cache, at + 1), token
 
-    start = (token, model.init_recent(cache, count), position)
-    if count == 1:
-        (_, recent, _), token = step(start, None)
-        tokens = token[None]
-    else:
-        (_, recent, _), tokens = lax.scan(step, start, length=count)
-    return tokens, model.settle(cache, recent, position)
+    # The cache is carried, so that each step updates it where it lies.
+    (_, cache, _), tokens = lax.scan(step, (token, cache, position), length=count)
+    return tokens, cache
 
 
 def prefill(

@@ -31,6 +31,7 @@ from jax import lax
 import jaxq
 from examples.llm import rope
 from examples.llm.config import Config
+from jaxq.attention import attention, cached_attention
 
 Params = dict[str, Any]
 Cache = tuple[dict[str, jax.Array], ...]
@@ -75,43 +76,6 @@ def extend(
     return logits(config, params, lax.dynamic_slice_in_dim(hidden, last, 1, axis=1))[:, 0], cache
 
 
-def step(
-    config: Config, params: Params, token: jax.Array, cache: Cache, recent: Cache, since: jax.Array, position: jax.Array
-) -> tuple[jax.Array, Cache]:
-    """`extend` by one token, which leaves the cache alone and notes its keys and values in `recent`.
-
-    So that a loop over steps reads the cache where it lies. XLA on CPUs converts a buffer of bfloat16 to float32 and
-    back, all of it, to update one row; integers it updates in place, so `recent`, which is short, holds bits.
-
-    Args:
-      token: int32[B].
-      cache: of the tokens before `since`.
-      recent: see `init_recent`; of the tokens from `since` on.
-      position: int32[], of the token; it must lie within `recent`.
-
-    Returns:
-      float32[B, V], the logits that follow the token, and `recent` with it.
-    """
-    settled = [{**part, "since": since} for part in cache]
-    hidden, recent = _run(config, params, token[:, None], recent, position, cache[0]["k"].dtype, settled)
-    return logits(config, params, hidden)[:, 0], recent
-
-
-def init_recent(cache: Cache, count: int) -> Cache:
-    """Room for the keys and values of `count` tokens after those in the cache: like it, but of that length, in bits."""
-    held = jnp.uint16 if cache[0]["k"].dtype == jnp.bfloat16 else cache[0]["k"].dtype
-    return jax.tree.map(lambda part: jnp.zeros((*part.shape[:3], count, part.shape[4]), held), cache)
-
-
-def settle(cache: Cache, recent: Cache, since: jax.Array) -> Cache:
-    """The cache with what is in `recent` from position `since` on."""
-
-    def write(part: jax.Array, new: jax.Array) -> jax.Array:
-        return lax.dynamic_update_slice(part, lax.bitcast_convert_type(new, part.dtype), (0, 0, 0, since, 0))
-
-    return jax.tree.map(write, cache, recent)
-
-
 def logits(config: Config, params: Params, hidden: jax.Array) -> jax.Array:
     """hidden: float[B, S, D], after the last norm -> float32[B, S, V]."""
     return (hidden @ params.get("head", params["embed"]).mT).astype(jnp.float32)
@@ -124,43 +88,37 @@ def _run(
     cache: Cache | None,
     start: jax.Array,
     dtype: Any,
-    settled: list[Any] | None = None,
 ) -> tuple[jax.Array, Cache]:
     x = look_up(params["embed"], tokens, dtype)
     positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
     angles = rope.tables(config, positions)
     new_cache = []
     for number, segment in enumerate(params["segments"]):
-        before = settled[number] if settled else None
-        x, part = _segment(config, segment, x, cache[number] if cache else None, before, positions, angles)
+        x, part = _segment(config, segment, x, cache[number] if cache else None, positions, angles)
         new_cache.append(part)
     return rms_norm(x, params["norm"], config.rms_norm_eps), tuple(new_cache)
 
 
-def _segment(
-    config: Config, segment: Params, x: jax.Array, cache: Any, settled: Any, positions: jax.Array, angles: Any
-) -> Any:
+def _segment(config: Config, segment: Params, x: jax.Array, cache: Any, positions: jax.Array, angles: Any) -> Any:
     """A run of layers, under `lax.scan` where it is more than one."""
     count = segment["attention_norm"].shape[0]
     if count == 1:
         layer = jax.tree.map(lambda leaf: leaf[0], segment)
-        return _layer(config, layer, x, cache, settled, 0, positions, angles)
+        return _layer(config, layer, x, cache, 0, positions, angles)
 
     # The cache is carried, not scanned over: a carried buffer is updated in place, a scanned one is copied.
     def step(carry: Any, scanned: Any) -> Any:
         x, cache = carry
         layer, number = scanned
-        return _layer(config, layer, x, cache, settled, number, positions, angles), None
+        return _layer(config, layer, x, cache, number, positions, angles), None
 
     return lax.scan(step, (x, cache), (segment, jnp.arange(count)))[0]
 
 
-def _layer(
-    config: Config, layer: Params, x: jax.Array, cache: Any, settled: Any, number: Any, positions: Any, angles: Any
-) -> Any:
+def _layer(config: Config, layer: Params, x: jax.Array, cache: Any, number: Any, positions: Any, angles: Any) -> Any:
     eps = config.rms_norm_eps
     y = rms_norm(x, layer["attention_norm"], eps)
-    y, cache = _attention(config, layer, y, cache, settled, number, positions, angles)
+    y, cache = _attention(config, layer, y, cache, number, positions, angles)
     x = x + y
     y = project(rms_norm(x, layer["mlp_norm"], eps), layer["gate_up"], layer.get("gate_up_bias"))
     gate, up = jnp.split(y, 2, axis=-1)
@@ -168,7 +126,7 @@ def _layer(
 
 
 def _attention(
-    config: Config, layer: Params, x: jax.Array, cache: Any, settled: Any, number: Any, positions: Any, angles: Any
+    config: Config, layer: Params, x: jax.Array, cache: Any, number: Any, positions: Any, angles: Any
 ) -> Any:
     batch, length, _ = x.shape
     qkv = project(x, layer["qkv"], layer.get("qkv_bias"))
@@ -178,72 +136,18 @@ def _attention(
         q = rms_norm(q, layer["q_norm"], config.rms_norm_eps)
         k = rms_norm(k, layer["k_norm"], config.rms_norm_eps)
     q, k = rope.rotate(q, *angles), rope.rotate(k, *angles)
-    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # [B, KV, S, hd]
     if cache is None:
-        y = attend_in_blocks(q, k, v, positions)
+        y = attend_in_blocks(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), positions)
     else:
-        at = (number, 0, 0, positions[0] - (settled["since"] if settled else 0), 0)
-        # The barrier gives the update one user. Without it XLA fuses the update into each user, attention and the
-        # result, which can't then share the buffer, and copies the cache four times a layer.
-        held = cache["k"].dtype
-        new = {"k": lax.bitcast_convert_type(k, held)[None], "v": lax.bitcast_convert_type(v, held)[None]}
-        cache = {name: lax.dynamic_update_slice(cache[name], part, at) for name, part in new.items()}
-        cache = lax.optimization_barrier(cache)
-        k, v = (_of_layer(cache[name], number, q.dtype) for name in ("k", "v"))
-        if settled is not None:
-            before = (_of_layer(settled[name], number, q.dtype) for name in ("k", "v"))
-            y = attend(q, *before, positions, (k, v, settled["since"]))
-        else:
-            y = attend(q, k, v, positions)
+        y, *new = cached_attention(q, k, v, cache["k"], cache["v"], layer=number, position=positions[0])
+        cache = dict(zip(("k", "v"), new, strict=True))
     return project(y.reshape(batch, length, -1), (layer["out"],), layer.get("out_bias")), cache
 
 
-def _of_layer(cache: jax.Array, number: Any, dtype: Any) -> jax.Array:
-    return lax.bitcast_convert_type(lax.dynamic_index_in_dim(cache, number, keepdims=False), dtype)
-
-
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, more: Any = None) -> jax.Array:
-    """Causal attention with grouped queries.
-
-    Args:
-      q: float[B, S, H, hd]; k, v: float[B, KV, T, hd], of positions 0 to T - 1.
-      positions: int32[S], of the queries; each sees the keys up to its own.
-      more: (k, v, since): keys and values [B, KV, C, hd] of positions since, since + 1, ..., which take the place of
-        those positions in k and v.
-
-    Returns:
-      float[B, S, H, hd] in q's dtype; the softmax is float32.
-    """
-    batch, length, heads, dim = q.shape
-    groups = k.shape[1]
-    repeat = heads // groups
-    # The queries that share keys become the rows of one plain batched product, without a transposed operand.
-    rows = jnp.transpose(q.reshape(batch, length, groups, repeat, dim), (0, 2, 3, 1, 4))
-    rows = rows.reshape(batch * groups, repeat * length, dim)
-    own = jnp.tile(positions, repeat)[:, None]
-    at = jnp.arange(k.shape[2])
-    parts = [(k, v, at <= own)]
-    if more is not None:
-        k, v, since = more
-        parts = [(*parts[0][:2], at < since), (k, v, since + jnp.arange(k.shape[2]) <= own)]
-    scores = []
-    for k, _, seen in parts:
-        part = jnp.einsum("nmd,ntd->nmt", rows, k.reshape(-1, *k.shape[2:]), preferred_element_type=jnp.float32)
-        scores.append(jnp.where(seen, part * jnp.float32(dim**-0.5), jnp.float32(-jnp.inf)))
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(v.dtype)
-    y, done = 0.0, 0
-    for _, v, _ in parts:
-        part, done = weights[..., done : done + v.shape[2]], done + v.shape[2]
-        y += jnp.einsum("nmt,ntd->nmd", part, v.reshape(-1, *v.shape[2:]), preferred_element_type=jnp.float32)
-    y = y.astype(q.dtype)
-    y = y.reshape(batch, groups, repeat, length, dim)
-    return jnp.transpose(y, (0, 3, 1, 2, 4)).reshape(batch, length, heads, dim)
-
-
 def attend_in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, block: int = 64) -> jax.Array:
-    """`attend` for S = T, a block of queries at a time: what lies after a block is not computed, only to be masked."""
+    """Attention for S = T, a block of queries at a time: what lies after a block is not computed, only to be masked."""
     parts = [
-        attend(q[:, at : at + block], k[:, :, : at + block], v[:, :, : at + block], positions[at : at + block])
+        attention(q[:, at : at + block], k[:, :, : at + block], v[:, :, : at + block], positions[at : at + block])
         for at in range(0, q.shape[1], block)
     ]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
