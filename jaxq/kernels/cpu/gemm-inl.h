@@ -13,6 +13,7 @@ namespace {
 constexpr int64_t kTileColumns = kTileVectors * kLanes;
 constexpr int64_t kPanelColumns = 128;  // J per task; a multiple of every tile and of every group
 constexpr int64_t kPanelSteps = 256;    // L per panel; a multiple of every group
+constexpr int64_t kRowsAhead = 16;     // from the row that is unpacked to the one that is fetched
 constexpr int64_t kPassBytes = 8 << 20;  // of x, packed as floats, at a time
 
 // The scratch of one worker.
@@ -61,16 +62,19 @@ template <Kind kKind>
 void PlainPanel(const Weight& weight, int64_t first, int64_t columns, int64_t l0, int64_t steps, PanelScratch* s) {
   const int64_t g = weight.format.group_size;
   for (int64_t l = 0; l < steps; ++l) {
+    // Short pieces of many rows, which the hardware does not foresee.
+    const int64_t ahead = Least(l0 + l + kRowsAhead, weight.rows - 1);
+    __builtin_prefetch(weight.packed + ahead * weight.row_bytes + first / 8 * weight.format.bits);
     weight.Codes(l0 + l, first, columns, s->codes[0]);
     weight.Scales(l0 + l, first / g, columns / g, s->scales[0]);
     weight.Biases(l0 + l, first / g, columns / g, s->biases[0]);
-    for (int64_t j = 0; j < RoundUp(columns, kTileColumns); j += kLanes) {
-      float* out = s->panel + (j / kTileColumns * steps + l) * kTileColumns + j % kTileColumns;
-      if (j < columns)
-        Store(out, Fma(Values<kKind>(s->codes[0] + j), Set1(s->scales[0][j / g]), Set1(s->biases[0][j / g])));
-      else
-        Store(out, Zero());
+    const auto at = [&](int64_t j) { return s->panel + (j / kTileColumns * steps + l) * kTileColumns + j % kTileColumns; };
+    for (int64_t group = 0; group < columns / g; ++group) {
+      const F scale = Set1(s->scales[0][group]), bias = Set1(s->biases[0][group]);
+      for (int64_t j = group * g; j < (group + 1) * g; j += kLanes)
+        Store(at(j), Fma(Values<kKind>(s->codes[0] + j), scale, bias));
     }
+    for (int64_t j = columns; j % kTileColumns != 0; j += kLanes) Store(at(j), Zero());
   }
 }
 

@@ -131,22 +131,26 @@ Outcome MatmulDot(const MatmulArgs& args, const Weight& weight, const Parallel& 
 
 // ---- transpose=False, few rows
 
-constexpr int64_t kColumns = 512;  // columns of w per task
-constexpr int64_t kSumRows = 32;   // rows of w whose codes are unpacked at a time
-constexpr int64_t kStripe = 4;     // vectors of sums in registers, for each row of x
+constexpr int64_t kColumns = 512;    // columns of w per task
+constexpr int64_t kColumnRows = 16;  // rows of x at most: with more, a panel of floats is faster
+constexpr int64_t kColumnTile = 4;   // rows of x whose sums are in registers
+constexpr int64_t kSumRows = 32;     // rows of w whose codes are unpacked at a time
 
 struct ColumnScratch {
   uint8_t codes[kSumRows][kColumns + 64];
-  float scaled[kSumRows][kFewRows][kColumns / 16];  // x * scale
-  float biased[kFewRows][kColumns / 16];            // sum of x * bias
-  float totals[kFewRows][kColumns];
+  float scales[kSumRows][kColumns / 16], biases[kSumRows][kColumns / 16];
+  float scaled[kSumRows][kColumnTile][kColumns / 16];  // x * scale
+  float biased[kColumnRows][kColumns / 16];            // sum of x * bias
+  float totals[kColumnRows][kColumns];
 };
 
 // totals[m, at : at + kVectors*kLanes] += sum over rows of scaled * codes.
 template <Kind kKind, int kM, int kVectors>
-JAXQ_INLINE void SumStripe(const Weight& weight, int64_t rows, int64_t at, ColumnScratch* s) {
-  const int64_t g = weight.format.group_size;
+JAXQ_INLINE void SumStripe(int64_t g, int64_t rows, int64_t at, const ColumnScratch& s, float (*totals)[kColumns]) {
   F sums[kM][kVectors];
+  int64_t group[kVectors];
+  JAXQ_UNROLL
+  for (int v = 0; v < kVectors; ++v) group[v] = (at + v * kLanes) / g;
   JAXQ_UNROLL
   for (auto& row : sums)
     JAXQ_UNROLL
@@ -154,51 +158,68 @@ JAXQ_INLINE void SumStripe(const Weight& weight, int64_t rows, int64_t at, Colum
   for (int64_t r = 0; r < rows; ++r) {
     JAXQ_UNROLL
     for (int v = 0; v < kVectors; ++v) {
-      const int64_t i = at + v * kLanes;
-      const F values = Values<kKind>(s->codes[r] + i);
+      const F values = Values<kKind>(s.codes[r] + at + v * kLanes);
       JAXQ_UNROLL
-      for (int m = 0; m < kM; ++m) sums[m][v] = Fma(values, Set1(s->scaled[r][m][i / g]), sums[m][v]);
+      for (int m = 0; m < kM; ++m) sums[m][v] = Fma(values, Set1(s.scaled[r][m][group[v]]), sums[m][v]);
     }
   }
   JAXQ_UNROLL
   for (int m = 0; m < kM; ++m)
     JAXQ_UNROLL
     for (int v = 0; v < kVectors; ++v) {
-      float* total = s->totals[m] + at + v * kLanes;
+      float* total = totals[m] + at + v * kLanes;
       Store(total, Add(Load(total), sums[m][v]));
     }
 }
 
-// y[:, first : first+count], count a multiple of group_size and of 16.
+// Rows m .. m+kM of x by a block of `rows` rows of w from n on, whose codes and scales are in the scratch.
 template <Kind kKind, int kM>
+void SumTile(int64_t g, int64_t rows, int64_t count, const float* x, int64_t stride, int64_t m, ColumnScratch* s) {
+  // Vectors of sums for each row of x: with those of the codes they fill the registers, 32 of the widest vectors.
+  constexpr int kRegisters = kLanes == 8 ? 8 : 16, kVectors = kM == 1 ? 8 : kM == 3 ? kRegisters / 4 : kRegisters / kM;
+  for (int64_t r = 0; r < rows; ++r) {
+    JAXQ_UNROLL
+    for (int i = 0; i < kM; ++i) {
+      const float xi = x[(m + i) * stride + r];
+      for (int64_t j = 0; j < count / g; ++j) {
+        s->scaled[r][i][j] = xi * s->scales[r][j];
+        s->biased[m + i][j] += xi * s->biases[r][j];
+      }
+    }
+  }
+  int64_t at = 0;
+  for (; at + kVectors * kLanes <= count; at += kVectors * kLanes)
+    SumStripe<kKind, kM, kVectors>(g, rows, at, *s, s->totals + m);
+  for (; at < count; at += kLanes) SumStripe<kKind, kM, 1>(g, rows, at, *s, s->totals + m);
+}
+
+// y[:, first : first+count], count a multiple of group_size and of 16.
+template <Kind kKind>
 void SumColumns(const MatmulArgs& args, const Weight& weight, int64_t first, int64_t count, const float* x,
                 ColumnScratch* s) {
-  const int64_t g = weight.format.group_size, groups = count / g;
+  const int64_t g = weight.format.group_size, groups = count / g, tiles = Ceil(args.M, kColumnTile);
   std::memset(s->biased, 0, sizeof s->biased);
   std::memset(s->totals, 0, sizeof s->totals);
   for (int64_t n = 0; n < args.N; n += kSumRows) {
     const int64_t rows = Least(kSumRows, args.N - n);
     for (int64_t r = 0; r < rows; ++r) {
-      float scales[kColumns / 16], biases[kColumns / 16];
       weight.Codes(n + r, first, count, s->codes[r]);
-      weight.Scales(n + r, first / g, groups, scales);
-      weight.Biases(n + r, first / g, groups, biases);
-      JAXQ_UNROLL
-      for (int m = 0; m < kM; ++m) {
-        const float xm = x[m * args.N + n + r];
-        for (int64_t j = 0; j < groups; ++j) {
-          s->scaled[r][m][j] = xm * scales[j];
-          s->biased[m][j] += xm * biases[j];
-        }
-      }
+      weight.Scales(n + r, first / g, groups, s->scales[r]);
+      weight.Biases(n + r, first / g, groups, s->biases[r]);
     }
-    int64_t at = 0;
-    for (; at + kStripe * kLanes <= count; at += kStripe * kLanes) SumStripe<kKind, kM, kStripe>(weight, rows, at, s);
-    for (; at < count; at += kLanes) SumStripe<kKind, kM, 1>(weight, rows, at, s);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t m = tile * args.M / tiles, height = (tile + 1) * args.M / tiles - m;
+      if (height == 1) SumTile<kKind, 1>(g, rows, count, x + n, args.N, m, s);
+      if (height == 2) SumTile<kKind, 2>(g, rows, count, x + n, args.N, m, s);
+      if (height == 3) SumTile<kKind, 3>(g, rows, count, x + n, args.N, m, s);
+      if (height == 4) SumTile<kKind, 4>(g, rows, count, x + n, args.N, m, s);
+    }
   }
-  JAXQ_UNROLL
-  for (int m = 0; m < kM; ++m) {
-    for (int64_t i = 0; i < count; ++i) s->totals[m][i] += s->biased[m][i / g];
+  for (int64_t m = 0; m < args.M; ++m) {
+    for (int64_t j = 0; j < groups; ++j) {
+      const F bias = Set1(s->biased[m][j]);
+      for (int64_t i = j * g; i < (j + 1) * g; i += kLanes) Store(s->totals[m] + i, Add(Load(s->totals[m] + i), bias));
+    }
     FromFloats(args.x_dtype, s->totals[m], count, args.y, m * args.K + first);
   }
 }
@@ -213,19 +234,7 @@ Outcome MatmulColumns(const MatmulArgs& args, const Weight& weight, const Parall
   parallel.For(Ceil(args.K, kColumns), [&](int64_t task, int slot) {
     auto* s = reinterpret_cast<ColumnScratch*>(cursor + slot * Room<ColumnScratch>(1));
     const int64_t first = task * kColumns, count = Least(kColumns, args.K - first);
-    WithKind(weight.kind, [&](auto kind) {
-      constexpr Kind k = decltype(kind)::value;
-      switch (args.M) {
-        case 1:
-          return SumColumns<k, 1>(args, weight, first, count, x, s);
-        case 2:
-          return SumColumns<k, 2>(args, weight, first, count, x, s);
-        case 3:
-          return SumColumns<k, 3>(args, weight, first, count, x, s);
-        default:
-          return SumColumns<k, 4>(args, weight, first, count, x, s);
-      }
-    });
+    WithKind(weight.kind, [&](auto kind) { SumColumns<decltype(kind)::value>(args, weight, first, count, x, s); });
   });
   return Outcome::kDone;
 }
@@ -242,7 +251,7 @@ namespace {
 
 Outcome Matmul(const MatmulArgs& args, const Parallel& parallel) {
   const Weight weight(args, args.N, args.K);
-  if (args.M > kFewRows) return MatmulPanels(args, weight, parallel);
+  if (args.M > (args.transpose ? kFewRows : kColumnRows)) return MatmulPanels(args, weight, parallel);
   return args.transpose ? MatmulDot(args, weight, parallel) : MatmulColumns(args, weight, parallel);
 }
 
