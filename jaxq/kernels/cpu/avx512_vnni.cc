@@ -24,6 +24,7 @@ namespace {
 #include "matmul-inl.h"
 #include "vnni_dot-inl.h"
 #include "vnni_gemm-inl.h"
+#include "vnni_plain-inl.h"
 
 namespace jaxq::cpu {
 namespace avx512_vnni {
@@ -31,7 +32,8 @@ namespace {
 
 Outcome MatmulVnni(const MatmulArgs& args, const Parallel& parallel) {
   const Weight weight(args, args.N, args.K);
-  Outcome outcome = MatmulVnniDot(args, weight, parallel);
+  Outcome outcome = MatmulVnniPlain(args, weight, parallel);
+  if (outcome == Outcome::kDeclined) outcome = MatmulVnniDot(args, weight, parallel);
   if (outcome == Outcome::kDeclined) outcome = MatmulVnniPanels(args, weight, parallel);
   return outcome == Outcome::kDeclined ? Matmul(args, parallel) : outcome;
 }

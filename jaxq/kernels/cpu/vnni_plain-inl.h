@@ -1,0 +1,329 @@
+// transpose=False, y[M, K] = x[M, N] @ w, with VNNI, in mode affine: the sum runs over the rows of w, each with a scale of
+// its own, so the scales go into x (vnni_plain_pack-inl.h). Per group of columns and block of rows of w, x times scale
+// becomes integers; their products with the codes are exact, and one float scales a block's sum. (The float modes are
+// left out: their scales, powers of two, may differ too much within a block for one unit to hold them.)
+//
+// One row of x meets the codes as they are unpacked, in registers; more rows share a panel of them in the first-level
+// cache. Work is cut into strips of columns and, where these are few, into chunks of rows, whose sums are added in order.
+// A chunk's sums are apart from the next one's in either case: the bits do not depend on how the work is cut.
+
+#ifndef JAXQ_KERNELS_CPU_VNNI_PLAIN_INL_H_
+#define JAXQ_KERNELS_CPU_VNNI_PLAIN_INL_H_
+
+#include "vnni_plain_pack-inl.h"
+
+namespace jaxq::cpu {
+namespace JAXQ_ISA {
+namespace {
+
+constexpr int64_t kChunkRows = 1024;  // a multiple of kPanelRows
+constexpr int64_t kPlainPassRows = 256;
+constexpr int64_t kPlainSums = 128 << 10;     // bytes of a strip's sums, which stay in the second-level cache
+constexpr int64_t kPlainPartials = 8 << 20;   // bytes of all chunks' sums at most
+constexpr int64_t kPlainTasks = 8;            // per slot, to want no chunks
+constexpr int64_t kTwoDigitTerms = 256;       // from here on, bfloat16 x has two digits: see PlainDigits
+constexpr int kMaxTileRows = 6;
+
+// Rounding x times scale to 2**-16 of its block's largest adds up to far less than the 2**-9 by which the result is
+// rounded to bfloat16, and with this many terms to less than a float32 sum's own bound of 2**-24 a term.
+JAXQ_INLINE int PlainDigits(const MatmulArgs& args) {
+  return args.x_dtype == DType::kBF16 && args.N >= kTwoDigitTerms ? 2 : 3;
+}
+
+struct PlainScratch {
+  alignas(64) uint8_t codes[kSpanVectors / 2][kPanelRows / 4][2][64];
+  int8_t digits[kSpan / 16][3][kPanelRows];  // of the groups of a span, or of one group and some rows of x
+  float units[kSpan / 16], biases[kSpan / 16];
+  PanelScales scales;
+};
+
+// sums + dot products of 4 unsigned bytes by the 4 signed ones at `word`.
+JAXQ_INLINE __m512i DotWord(__m512i sums, __m512i unsigned_bytes, const int8_t* word) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0"
+      : "+v"(sums)
+      : "v"(unsigned_bytes), "m"(*reinterpret_cast<const int8_t(*)[4]>(word)));
+  return sums;
+}
+
+// kM rows of x by kVectors vectors of columns of a panel; adds to y[kM][stride].
+template <int kDigits, int kVectors, int kM>
+JAXQ_INLINE void MultiplyColumns(const uint8_t* codes, int64_t quads, const PlainScratch& s, float* y, int64_t stride) {
+  __m512i sums[kM][kVectors][kDigits];
+  JAXQ_UNROLL
+  for (auto& row : sums)
+    JAXQ_UNROLL
+    for (auto& vector : row)
+      JAXQ_UNROLL
+      for (__m512i& sum : vector) sum = _mm512_setzero_si512();
+  const int8_t* word = s.digits[0][0];
+  for (int64_t q = 0; q < quads; ++q, codes += 128, word += 4) {
+    __m512i w[kVectors];
+    JAXQ_UNROLL
+    for (int v = 0; v < kVectors; ++v) w[v] = _mm512_loadu_si512(codes + 64 * v);
+    JAXQ_UNROLL
+    for (int m = 0; m < kM; ++m) {
+      JAXQ_UNROLL
+      for (int d = 0; d < kDigits; ++d) {
+        int32_t quad;
+        std::memcpy(&quad, word + (3 * m + d) * kPanelRows, 4);
+        const __m512i digit = _mm512_set1_epi32(quad);
+        JAXQ_UNROLL
+        for (int v = 0; v < kVectors; ++v) sums[m][v][d] = DotBytes(sums[m][v][d], w[v], digit);
+      }
+    }
+  }
+  JAXQ_UNROLL
+  for (int m = 0; m < kM; ++m) {
+    JAXQ_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      float* out = y + m * stride + 16 * v;
+      const __m512 total = FloatOfDigits<kDigits>(sums[m][v], s.units[m], s.biases[m]);
+      _mm512_storeu_ps(out, _mm512_add_ps(total, _mm512_loadu_ps(out)));
+    }
+  }
+}
+
+template <int kDigits, int kVectors, int kM>
+void MultiplyHeight(int64_t height, const uint8_t* codes, int64_t quads, const PlainScratch& s, float* y,
+                    int64_t stride) {
+  if (height == kM) return MultiplyColumns<kDigits, kVectors, kM>(codes, quads, s, y, stride);
+  if constexpr (kM > 1) MultiplyHeight<kDigits, kVectors, kM - 1>(height, codes, quads, s, y, stride);
+}
+
+// One row of x by a span of kGroups groups, `count` rows from `w` on; adds to y[kSpan].
+template <int kDigits, int kGroups, typename Quads>
+JAXQ_INLINE void MultiplySpan(const Quads& load, const uint8_t* w, int64_t row_bytes, int64_t count, int64_t columns,
+                              const PlainScratch& s, float* y) {
+  __m512i sums[kSpanVectors][kDigits];
+  JAXQ_UNROLL
+  for (auto& vector : sums)
+    JAXQ_UNROLL
+    for (__m512i& sum : vector) sum = _mm512_setzero_si512();
+  const int8_t* word = s.digits[0][0];
+  for (int64_t r = 0; r < count; r += 4, word += 4) {
+    __m512i codes[kSpanVectors];
+    load(w, row_bytes, r, count, columns, codes);
+    JAXQ_UNROLL
+    for (int v = 0; v < kSpanVectors; ++v)
+      JAXQ_UNROLL
+      for (int d = 0; d < kDigits; ++d)
+        sums[v][d] = DotWord(sums[v][d], codes[v], word + (v * kGroups / kSpanVectors * 3 + d) * kPanelRows);
+  }
+  JAXQ_UNROLL
+  for (int v = 0; v < kSpanVectors; ++v) {
+    const int group = v * kGroups / kSpanVectors;
+    const __m512 total = FloatOfDigits<kDigits>(sums[v], s.units[group], s.biases[group]);
+    _mm512_storeu_ps(y + 16 * v, _mm512_add_ps(total, _mm512_loadu_ps(y + 16 * v)));
+  }
+}
+
+template <int kDigits, typename Quads>
+class PlainProduct {
+ public:
+  // Rows m0 .. m0+rows of x. x: float[rows][kPanelRows] for the block at hand.
+  PlainProduct(const MatmulArgs& args, const Weight& weight, const Quads& load, int64_t m0, int64_t rows,
+               PlainScratch* scratch, float* x)
+      : args_(args),
+        weight_(weight),
+        load_(load),
+        m0_(m0),
+        rows_(rows),
+        tiles_(Ceil(rows, kTile)),
+        s_(scratch),
+        x_(x) {}
+
+  // y[rows][stride] = rows first .. last of w, columns k .. k+width. False where x cannot be split.
+  bool Run(int64_t first, int64_t last, int64_t k, int64_t width, float* y, int64_t stride) const {
+    std::memset(y, 0, static_cast<size_t>(rows_ * stride) * sizeof(float));
+    for (int64_t n = first; n < last; n += kPanelRows)
+      if (!Block(n, Least(kPanelRows, last - n), k, width, y, stride)) return false;
+    return true;
+  }
+
+ private:
+  static constexpr int kTile = kDigits == 3 ? 4 : kMaxTileRows;
+
+  int64_t First(int64_t tile) const { return tile * rows_ / tiles_; }
+
+  bool Block(int64_t n, int64_t count, int64_t k, int64_t width, float* y, int64_t stride) const {
+    const int64_t g = weight_.format.group_size, groups = width / g;
+    FillScales(weight_, n, count, k / g, groups, 0.0f, &s_->scales);
+    const int64_t filled = RoundUp(count, 16);
+    for (int64_t j = 0; j < groups && filled < kPanelRows; ++j) {
+      std::memset(s_->scales.scales[j] + filled, 0, static_cast<size_t>(kPanelRows - filled) * sizeof(float));
+      std::memset(s_->scales.biases[j] + filled, 0, static_cast<size_t>(kPanelRows - filled) * sizeof(float));
+    }
+    for (int64_t m = 0; m < rows_; ++m) {
+      float* row = x_ + m * kPanelRows;
+      ToFloats(args_.x_dtype, args_.x, (m0_ + m) * args_.N + n, count, row);
+      std::memset(row + count, 0, static_cast<size_t>(kPanelRows - count) * sizeof(float));
+    }
+    for (int64_t column = 0; column < width; column += kSpan) {
+      const int64_t columns = Least(kSpan, width - column);
+      const uint8_t* w = weight_.packed + n * weight_.row_bytes + (k + column) / 8 * weight_.format.bits;
+      if (!(rows_ == 1 ? Single(w, count, column, columns, y + column) : Panel(w, count, column, columns, y, stride)))
+        return false;
+    }
+    return true;
+  }
+
+  // Digits of row m for the group `group` of the strip, as number `at`.
+  JAXQ_INLINE bool Split(int64_t m, int64_t group, int64_t at) const {
+    return SplitScaled<kDigits>(x_ + m * kPanelRows, s_->scales.scales[group], s_->scales.biases[group],
+                                {s_->digits[at][0], s_->units + at, s_->biases + at});
+  }
+
+  bool Single(const uint8_t* w, int64_t count, int64_t column, int64_t columns, float* y) const {
+    const int64_t g = weight_.format.group_size;
+    for (int64_t j = 0; j < columns / g; ++j)
+      if (!Split(0, column / g + j, j)) return false;
+    const auto multiply = [&](auto groups) {
+      MultiplySpan<kDigits, decltype(groups)::value>(load_, w, weight_.row_bytes, count, columns, *s_, y);
+    };
+    if (g == 128) multiply(Count<1>{});
+    if (g == 64) multiply(Count<2>{});
+    if (g == 32) multiply(Count<4>{});
+    if constexpr (!Quads::kInPairs)
+      if (g == 16) multiply(Count<8>{});
+    return true;
+  }
+
+  bool Panel(const uint8_t* w, int64_t count, int64_t column, int64_t columns, float* y, int64_t stride) const {
+    const int64_t g = weight_.format.group_size, quads = Ceil(count, 4);
+    for (int64_t q = 0; q < quads; ++q) {
+      __m512i codes[kSpanVectors];
+      load_(w, weight_.row_bytes, 4 * q, count, columns, codes);
+      JAXQ_UNROLL
+      for (int v = 0; v < kSpanVectors; ++v) _mm512_store_si512(s_->codes[v / 2][q][v % 2], codes[v]);
+    }
+    for (int64_t tile = 0; tile < tiles_; ++tile) {
+      const int64_t first = First(tile), height = First(tile + 1) - first;
+      for (int64_t at = 0; at < columns; at += g) {
+        for (int64_t m = 0; m < height; ++m)
+          if (!Split(first + m, (column + at) / g, m)) return false;
+        float* out = y + first * stride + column;
+        if (g == 16) {
+          MultiplyHeight<kDigits, 1, kTile>(height, s_->codes[at / 32][0][at / 16 % 2], quads, *s_, out + at, stride);
+          continue;
+        }
+        for (int64_t c = at; c < at + g; c += 32)
+          MultiplyHeight<kDigits, 2, kTile>(height, s_->codes[c / 32][0][0], quads, *s_, out + c, stride);
+      }
+    }
+    return true;
+  }
+
+  template <int kCount>
+  struct Count {
+    static constexpr int value = kCount;
+  };
+
+  const MatmulArgs& args_;
+  const Weight& weight_;
+  const Quads& load_;
+  const int64_t m0_, rows_, tiles_;
+  PlainScratch* const s_;
+  float* const x_;
+};
+
+// y[m0 : m0+rows, k : k+count] out of sums[rows][stride] in the order of `Quads`.
+template <typename Quads>
+void WritePlain(const MatmulArgs& args, int64_t m0, int64_t rows, int64_t k, int64_t count, const float* sums,
+                int64_t stride) {
+  alignas(64) int32_t index[32];
+  for (int i = 0; i < 32; ++i) index[i] = i / 2 + i % 2 * 16;
+  const __m512i low = _mm512_load_si512(index), high = _mm512_load_si512(index + 16);
+  for (int64_t m = 0; m < rows; ++m) {
+    const float* row = sums + m * stride;
+    const int64_t to = (m0 + m) * args.K + k;
+    if constexpr (!Quads::kInPairs) {
+      FromFloats(args.x_dtype, row, count, args.y, to);
+    } else {
+      for (int64_t at = 0; at < count; at += 32) {
+        const __m512 even = _mm512_loadu_ps(row + at), odd = _mm512_loadu_ps(row + at + 16);
+        float out[32];
+        _mm512_storeu_ps(out, _mm512_permutex2var_ps(even, low, odd));
+        _mm512_storeu_ps(out + 16, _mm512_permutex2var_ps(even, high, odd));
+        FromFloats(args.x_dtype, out, 32, args.y, to + at);
+      }
+    }
+  }
+}
+
+JAXQ_INLINE void AddTo(float* total, const float* terms, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16)
+    _mm512_storeu_ps(total + i, _mm512_add_ps(_mm512_loadu_ps(total + i), _mm512_loadu_ps(terms + i)));
+}
+
+template <int kDigits, typename Quads>
+Outcome PlainPasses(const MatmulArgs& args, const Weight& weight, const Parallel& parallel) {
+  const Quads load(args.format.bits);
+  const int64_t pass = Least(args.M, kPlainPassRows), chunks = Ceil(args.N, kChunkRows);
+  // Wide strips use the whole of each cache line of scales.
+  const int64_t groups = Least(kMaxPanelGroups, 1024 / args.format.group_size);
+  const int64_t wide = Least(groups * args.format.group_size, kPlainSums / (4 * pass) / kSpan * kSpan);
+  const int64_t width = Least(RoundUp(args.K, kSpan), Most(kSpan, wide)), strips = Ceil(args.K, width);
+  const bool cut = strips < kPlainTasks * parallel.slots() && chunks > 1 &&
+                   chunks * pass * strips * width * 4 <= kPlainPartials;
+  const int64_t x_room = Room<float>(pass * kPanelRows), sum_room = Room<float>(pass * width);
+  const int64_t slot_room = Room<PlainScratch>(1) + x_room + 2 * sum_room;
+  const Scratch scratch(parallel.slots() * slot_room + (cut ? chunks * strips * sum_room : 0));
+  if (!scratch.ok()) return Outcome::kNoMemory;
+  char* const partials = scratch.data() + parallel.slots() * slot_room;
+  bool failed = false;
+  for (int64_t m0 = 0; m0 < args.M; m0 += pass) {
+    const int64_t rows = Least(pass, args.M - m0);
+    parallel.For(cut ? strips * chunks : strips, [&](int64_t task, int slot) {
+      char* mine = scratch.data() + slot * slot_room;
+      auto* s = Take<PlainScratch>(&mine, 1);
+      float* x = Take<float>(&mine, pass * kPanelRows);
+      float* terms = Take<float>(&mine, pass * width);
+      float* total = Take<float>(&mine, pass * width);
+      const int64_t strip = cut ? task / chunks : task, k = strip * width, count = Least(width, args.K - k);
+      const PlainProduct<kDigits, Quads> product(args, weight, load, m0, rows, s, x);
+      if (cut) {
+        const int64_t n = task % chunks * kChunkRows;
+        terms = reinterpret_cast<float*>(partials + task * sum_room);
+        if (!product.Run(n, Least(args.N, n + kChunkRows), k, count, terms, width))
+          __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
+        return;
+      }
+      std::memset(total, 0, static_cast<size_t>(rows * width) * sizeof(float));
+      for (int64_t n = 0; n < args.N; n += kChunkRows) {
+        if (!product.Run(n, Least(args.N, n + kChunkRows), k, count, terms, width))
+          return __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
+        AddTo(total, terms, rows * width);
+      }
+      WritePlain<Quads>(args, m0, rows, k, count, total, width);
+    });
+    if (failed) return Outcome::kDeclined;
+    if (!cut) continue;
+    parallel.For(strips, [&](int64_t strip, int slot) {
+      float* total = reinterpret_cast<float*>(scratch.data() + slot * slot_room + Room<PlainScratch>(1) + x_room);
+      std::memset(total, 0, static_cast<size_t>(rows * width) * sizeof(float));
+      for (int64_t chunk = 0; chunk < chunks; ++chunk)
+        AddTo(total, reinterpret_cast<float*>(partials + (strip * chunks + chunk) * sum_room), rows * width);
+      WritePlain<Quads>(args, m0, rows, strip * width, Least(width, args.K - strip * width), total, width);
+    });
+  }
+  return Outcome::kDone;
+}
+
+template <typename Quads>
+Outcome PlainOfQuads(const MatmulArgs& args, const Weight& weight, const Parallel& parallel) {
+  if (PlainDigits(args) == 2) return PlainPasses<2, Quads>(args, weight, parallel);
+  return PlainPasses<3, Quads>(args, weight, parallel);
+}
+
+Outcome MatmulVnniPlain(const MatmulArgs& args, const Weight& weight, const Parallel& parallel) {
+  if (args.transpose || !args.format.affine()) return Outcome::kDeclined;
+  if (args.format.bits == 4 && args.format.group_size >= 32)
+    return PlainOfQuads<ColumnQuads<true>>(args, weight, parallel);
+  return PlainOfQuads<ColumnQuads<false>>(args, weight, parallel);
+}
+
+}  // namespace
+}  // namespace JAXQ_ISA
+}  // namespace jaxq::cpu
+
+#endif  // JAXQ_KERNELS_CPU_VNNI_PLAIN_INL_H_

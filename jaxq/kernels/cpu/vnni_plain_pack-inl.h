@@ -1,0 +1,165 @@
+// The two operands of vnni_plain-inl.h's products, for blocks of kPanelRows rows of w.
+//
+//   codes   four rows interleaved, so that a 32-bit lane has one column's codes of four rows: unsigned bytes.
+//   x       times the rows' scales, a group of columns at a time, as integers of two or three balanced base-256 digits
+//           (see digits-inl.h): four rows' digits to a 32-bit lane, for all columns of the group. One unit for each
+//           row of x, group and block: what is lost is half a unit, 2**-24 of the block's largest magnitude with three
+//           digits, 2**-16 with two.
+
+#ifndef JAXQ_KERNELS_CPU_VNNI_PLAIN_PACK_INL_H_
+#define JAXQ_KERNELS_CPU_VNNI_PLAIN_PACK_INL_H_
+
+#include "digits-inl.h"
+#include "quads-inl.h"
+
+namespace jaxq::cpu {
+namespace JAXQ_ISA {
+namespace {
+
+constexpr int64_t kSpan = 128;  // columns at a time: one cache line of nibbles
+constexpr int kSpanVectors = 8;
+
+// a[4] -> vector u has, for every 128-bit lane, the four bytes of dword u of a[0] to a[3], interleaved.
+JAXQ_INLINE void Interleave(const __m512i* a, __m512i* out) {
+  const __m512i low01 = _mm512_unpacklo_epi8(a[0], a[1]), high01 = _mm512_unpackhi_epi8(a[0], a[1]);
+  const __m512i low23 = _mm512_unpacklo_epi8(a[2], a[3]), high23 = _mm512_unpackhi_epi8(a[2], a[3]);
+  out[0] = _mm512_unpacklo_epi16(low01, low23), out[1] = _mm512_unpackhi_epi16(low01, low23);
+  out[2] = _mm512_unpacklo_epi16(high01, high23), out[3] = _mm512_unpackhi_epi16(high01, high23);
+}
+
+// kSpan columns of four rows as 8 vectors of 16 columns.
+//
+// Nibbles in groups of 32 and more: vectors 2u and 2u+1 have the even and the odd ones of columns 32u .. 32u+31, which
+// takes half as many instructions as to keep them in order. All else: in order.
+template <bool kNibbles>
+class ColumnQuads {
+ public:
+  static constexpr bool kInPairs = kNibbles;
+
+  explicit ColumnQuads(int bits) : bits_(bits) {
+    alignas(64) uint8_t from[64], shift[64];
+    alignas(64) int32_t words[16];
+    for (int i = 0; i < 64; ++i) {
+      // Byte i goes to vector i/4%4, and there to the four columns of lane i/16. Two lots of four codes share a qword:
+      // each takes at most 4 bytes, even where it begins with half a byte.
+      const int bit = (i / 4 % 4 * 16 + i / 16 * 4) * bits;
+      from[i] = static_cast<uint8_t>((bit / 8 + i % 4) & 63);
+      shift[i] = static_cast<uint8_t>(i / 4 % 2 * 32 + bit % 8 + i % 4 * bits);
+    }
+    for (int i = 0; i < 16; ++i) words[i] = i % 4 * 4 + i / 4;
+    spread_ = _mm512_load_si512(from), shifts_ = _mm512_load_si512(shift), words_ = _mm512_load_si512(words);
+    mask_ = _mm512_set1_epi8(static_cast<char>((1 << bits) - 1));
+  }
+
+  // Rows r .. r+4 of the `count` from `w` on, which are `row_bytes` apart; rows past the end repeat the last. `columns`
+  // of the columns exist; the others are zeros.
+  JAXQ_INLINE void operator()(const uint8_t* w, int64_t row_bytes, int64_t r, int64_t count, int64_t columns,
+                              __m512i* out) const {
+    const uint8_t* row[4];
+    JAXQ_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      row[i] = w + Least(r + i, count - 1) * row_bytes;
+      // The next block's: rows are too many at a time for the hardware to see where they lead.
+      _mm_prefetch(reinterpret_cast<const char*>(row[i] + kPanelRows * row_bytes), _MM_HINT_T1);
+    }
+    __m512i bytes[4];
+    if constexpr (kNibbles) {
+      JAXQ_UNROLL
+      for (int r = 0; r < 4; ++r) {
+        const __m512i line = _mm512_maskz_loadu_epi8(FirstBytes(columns / 2), row[r]);
+        bytes[r] = _mm512_permutexvar_epi32(words_, line);
+      }
+      __m512i pairs[4];
+      Interleave(bytes, pairs);
+      JAXQ_UNROLL
+      for (int u = 0; u < 4; ++u) {
+        out[2 * u] = _mm512_and_si512(pairs[u], mask_);
+        out[2 * u + 1] = _mm512_and_si512(_mm512_srli_epi16(pairs[u], 4), mask_);
+      }
+    } else {
+      JAXQ_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const __mmask64 mask = FirstBytes(Most(0, Least(64, columns - 64 * half)) / 8 * bits_);
+        JAXQ_UNROLL
+        for (int r = 0; r < 4; ++r) {
+          const __m512i line = _mm512_maskz_loadu_epi8(mask, row[r] + half * 8 * bits_);
+          const __m512i lots = _mm512_permutexvar_epi8(spread_, line);
+          bytes[r] = _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts_, lots), mask_);
+        }
+        Interleave(bytes, out + 4 * half);
+      }
+    }
+  }
+
+ private:
+  const int bits_;
+  __m512i spread_, shifts_, words_, mask_;
+};
+
+// A block's row of x times the scales of one group.
+struct ScaledRow {
+  int8_t* digits;  // [kDigits][kPanelRows], the highest first
+  float* unit;
+  float* bias;  // the sum of x times the rows' biases
+};
+
+// x, scales, biases: float[kPanelRows]. False as SplitGroup.
+template <int kDigits>
+JAXQ_INLINE bool SplitScaled(const float* x, const float* scales, const float* biases, const ScaledRow& out) {
+  constexpr int kVectors = kPanelRows / 16;
+  // The digits below the highest are taken after their middle, 128, is added to each, so that a shift cuts them off.
+  constexpr float kRange = kDigits == 3 ? kDigitRange : 32600.0f, kMiddle = kDigits == 3 ? 32896.0f : 128.0f;
+  __m512 products[kVectors], bias = _mm512_setzero_ps();
+  __m512i largest = _mm512_setzero_si512();
+  JAXQ_UNROLL
+  for (int i = 0; i < kVectors; ++i) {
+    const __m512 v = _mm512_loadu_ps(x + 16 * i);
+    products[i] = _mm512_mul_ps(v, _mm512_loadu_ps(scales + 16 * i));
+    bias = _mm512_fmadd_ps(v, _mm512_loadu_ps(biases + 16 * i), bias);
+    // As integers: a NaN is more than anything else.
+    const __m512i size = _mm512_and_si512(_mm512_castps_si512(products[i]), _mm512_set1_epi32(INT32_MAX));
+    largest = _mm512_max_epi32(largest, size);
+  }
+  const float top = FloatOfBits(static_cast<uint32_t>(_mm512_reduce_max_epi32(largest)));
+  if (!(top < 0x1p127f) || (top != 0.0f && top < 0x1p-96f)) return false;
+  *out.unit = top / kRange, *out.bias = _mm512_reduce_add_ps(bias);
+  const __m512 per_unit = _mm512_set1_ps(top == 0.0f ? 0.0f : kRange / top), middle = _mm512_set1_ps(kMiddle);
+  // In each 128-bit lane: the four lowest bytes, then the next four, ... of four numbers.
+  const __m512i planes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i sign = _mm512_set1_epi8(INT8_MIN);
+  JAXQ_UNROLL
+  for (int half = 0; half < kVectors / 4; ++half) {
+    __m512i q[4];
+    JAXQ_UNROLL
+    for (int i = 0; i < 4; ++i)
+      q[i] = _mm512_shuffle_epi8(_mm512_cvtps_epi32(_mm512_fmadd_ps(products[4 * half + i], per_unit, middle)), planes);
+    const __m512i low01 = _mm512_unpacklo_epi32(q[0], q[1]), low23 = _mm512_unpacklo_epi32(q[2], q[3]);
+    __m512i digits[3] = {_mm512_unpacklo_epi64(low01, low23), _mm512_unpackhi_epi64(low01, low23), low01};
+    digits[0] = _mm512_xor_si512(digits[0], sign);
+    if constexpr (kDigits == 3) {
+      const __m512i high01 = _mm512_unpackhi_epi32(q[0], q[1]), high23 = _mm512_unpackhi_epi32(q[2], q[3]);
+      digits[1] = _mm512_xor_si512(digits[1], sign), digits[2] = _mm512_unpacklo_epi64(high01, high23);
+    }
+    JAXQ_UNROLL
+    for (int d = 0; d < kDigits; ++d)
+      _mm512_storeu_si512(out.digits + (kDigits - 1 - d) * kPanelRows + 64 * half,
+                          _mm512_permutexvar_epi32(order, digits[d]));
+  }
+  return true;
+}
+
+// A sum of each digit, times the digits' unit, plus the bias.
+template <int kDigits>
+JAXQ_INLINE __m512 FloatOfDigits(const __m512i* sums, float unit, float bias) {
+  const __m512i high = _mm512_add_epi32(_mm512_slli_epi32(sums[0], 8), sums[1]);
+  __m512 total = _mm512_cvtepi32_ps(high);
+  if constexpr (kDigits == 3) total = _mm512_fmadd_ps(total, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(sums[2]));
+  return _mm512_fmadd_ps(total, _mm512_set1_ps(unit), _mm512_set1_ps(bias));
+}
+
+}  // namespace
+}  // namespace JAXQ_ISA
+}  // namespace jaxq::cpu
+
+#endif  // JAXQ_KERNELS_CPU_VNNI_PLAIN_PACK_INL_H_
