@@ -1,16 +1,22 @@
-"""How fast checkpoints load, and how much memory that takes: `python benchmarks/checkpoints.py --gigabytes 4`.
+"""How fast checkpoints load, and how much memory that takes: `python benchmarks/checkpoints.py --format all`.
 
 Writes a checkpoint of random words, of layers as in a model of 7 billion weights (4096 x 11008 and 4096 x 4096), to a
 directory that it removes, reads it once so that the system caches it, and then times, interleaved:
 
   read        the files, by read(2), into fresh memory: what the system's cache gives
+  read+copy   the files, by read(2), into a small buffer that is used again, and as many bytes as jaxq's arrays have
+              copied from it to fresh memory: what a reader must do whose arrays are not the file's bytes; one thread
   jaxq        jaxq.checkpoints.load
   safetensors safetensors.numpy.load_file, where the format is one of its files
   mlx         mlx.core.load and its evaluation, for MLX's format and those GGUF types that it reads
 
-Prints medians, their ratios to `read`, the time that processors spent (which other programs disturb less), and for jaxq
-the peak of the resident memory beyond that before the load, as a multiple of the arrays' bytes; each from a process of
-its own.
+Prints medians, their ratios to `read` and to `read+copy`, the time that processors spent (which other programs disturb
+less), and for jaxq the peak of the resident memory beyond that before the load, as a multiple of the arrays' bytes;
+each from a process of its own, which has used and freed so much memory just before.
+
+    python benchmarks/checkpoints.py --format mlx gptq awq gguf:Q4_0 gguf:Q4_K gguf:Q6_K --gigabytes 4 --repeats 3
+
+takes 4.3 GB of the disk, and 20 GB of memory: what is touched first is three times the file, and the file is cached.
 """
 
 from __future__ import annotations
@@ -39,36 +45,43 @@ FORMATS = ["mlx", "gptq", "awq", *(f"gguf:{name}" for name in BLOCKS)]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gigabytes", type=float, default=0.5, help="size of the checkpoint (default 0.5)")
-    parser.add_argument("--format", choices=FORMATS, default="mlx")
+    parser.add_argument("--gigabytes", type=float, default=0.5, help="size of each checkpoint (default 0.5)")
+    parser.add_argument("--format", choices=[*FORMATS, "all"], nargs="+", default=["mlx"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--directory", type=Path, help="where to write it (default: the system's temporary directory)")
-    parser.add_argument("--ways", nargs="*", help="only these of read, jaxq, safetensors and mlx")
+    parser.add_argument("--ways", nargs="*", help="only these of read, read+copy, jaxq, safetensors and mlx")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)  # the child process that is measured
     arguments = parser.parse_args()
     if arguments.load:
         print(json.dumps(load_once(arguments.load)))
         return
-    with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
-        path = write(Path(directory) / "model", arguments.format, int(arguments.gigabytes * 1e9))
-        result = measure(path, arguments.format, arguments.repeats, arguments.ways)
+    results = []
+    for format in FORMATS if "all" in arguments.format else arguments.format:
+        with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
+            path = write(Path(directory) / "model", format, int(arguments.gigabytes * 1e9))
+            results.append(measure(path, format, arguments.repeats, arguments.ways))
+        if not arguments.json:
+            show(results[-1], arguments.repeats)
     if arguments.json:
-        print(json.dumps(result))
-        return
-    print(f"{arguments.format}, {result['file_bytes'] / 1e9:.2f} GB, median of {arguments.repeats}")
-    for name, seconds in result["seconds"].items():
-        rate = result["file_bytes"] / seconds / 1e9
-        cpu, ratio = result["cpu_seconds"][name], seconds / result["seconds"].get("read", seconds)
-        print(f"  {name:12} {seconds:7.3f} s  {rate:6.2f} GB/s  {ratio:5.2f} x read  {cpu:7.3f} s of CPU")
-    print(f"  jaxq's arrays: {result['array_bytes'] / result['file_bytes']:.2f} x the file")
-    print(f"  jaxq's peak memory: {result['peak']:.3f} x the arrays")
+        print(json.dumps(results))
+
+
+def show(result: dict, repeats: int) -> None:
+    seconds = result["seconds"]
+    print(f"{result['format']}, {result['file_bytes'] / 1e9:.2f} GB, median of {repeats}")
+    for name, median in seconds.items():
+        rate = result["file_bytes"] / median / 1e9
+        ratios = "".join(f"  {median / seconds[way]:5.2f} x {way}" for way in ("read", "read+copy") if way in seconds)
+        print(f"  {name:12} {median:7.3f} s  {rate:6.2f} GB/s{ratios}  {result['cpu_seconds'][name]:7.3f} s of CPU")
+    if "jaxq" in seconds:
+        print(f"  jaxq's arrays: {result['array_bytes'] / result['file_bytes']:.2f} x the file")
+        print(f"  jaxq's peak memory: {result['peak']:.3f} x the arrays", flush=True)
 
 
 def measure(path: Path, format: str, repeats: int, only: list[str] | None) -> dict:
     """Medians of interleaved runs, each in a fresh process so that none finds another's memory."""
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    ways = ["read", "jaxq"]
+    ways = ["read", "read+copy", "jaxq"]
     if not format.startswith("gguf"):
         ways.append("safetensors")
     if format in ("mlx", "gguf:Q4_0", "gguf:Q4_1", "gguf:Q8_0"):
@@ -76,34 +89,30 @@ def measure(path: Path, format: str, repeats: int, only: list[str] | None) -> di
     ways = [way for way in ways if not only or way in only]
     times: dict[str, list[float]] = {way: [] for way in ways}
     cpu_times: dict[str, list[float]] = {way: [] for way in ways}
-    peaks, array_bytes = [], 0
-    file_bytes = sum(file.stat().st_size for file in files)
+    peaks = [0.0]
     for _ in range(repeats):
         for way in ways:
-            touch(3 * file_bytes)
             measured = child(path, way)
             times[way].append(measured["seconds"])
             cpu_times[way].append(measured["cpu_seconds"])
             if way == "jaxq":
                 peaks.append(measured["peak"])
-                array_bytes = measured["array_bytes"]
     return {
         "format": format,
-        "file_bytes": file_bytes,
+        "file_bytes": sum(file.stat().st_size for file in files_of(path)),
+        "array_bytes": array_bytes(path),
         "seconds": {way: statistics.median(values) for way, values in times.items()},
         "cpu_seconds": {way: statistics.median(values) for way, values in cpu_times.items()},
-        "array_bytes": array_bytes,
         "peak": max(peaks),
     }
 
 
-def touch(nbytes: int) -> None:
-    """Use so much memory and free it.
+def files_of(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(path.glob("*.safetensors"))
 
-    A virtual machine's host takes back what is free and is slow to give it again, which would be counted for whoever
-    comes first, or needs more. No format takes three times its file.
-    """
-    np.ones(nbytes, np.uint8)
+
+def array_bytes(path: Path) -> int:
+    return sum(entry.nbytes for entry in checkpoints.open(path).entries.values())
 
 
 def child(path: Path, way: str) -> dict:
@@ -116,21 +125,34 @@ def load_once(argument: Path) -> dict:
     import jax
 
     way, path = str(argument).split("=", 1)
-    files = [Path(path)] if Path(path).is_file() else sorted(Path(path).glob("*.safetensors"))
+    files, nbytes = files_of(Path(path)), array_bytes(Path(path))
     jax.block_until_ready(jax.device_put(np.zeros(1)))
     ways: dict[str, Callable[[], object]] = {
         "read": lambda: [read(file) for file in files],
+        "read+copy": lambda: read_and_copy(files, nbytes),
         "jaxq": lambda: jax.block_until_ready(checkpoints.load(path)),
         "safetensors": lambda: by_safetensors(files),
         "mlx": lambda: by_mlx(files),
     }
+    touch(3 * sum(file.stat().st_size for file in files))
     before = memory("VmRSS")
     start, cpu_start = time.perf_counter(), time.process_time()
     loaded = ways[way]()
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-    nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded)) if way == "jaxq" else 1
     peak = (memory("VmHWM") - before) / nbytes
-    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "array_bytes": nbytes, "peak": peak}
+    del loaded
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak": peak}
+
+
+def touch(nbytes: int) -> None:
+    """Use so much memory, free it, and forget that peak.
+
+    A virtual machine's host takes back what has been free for two seconds and is slow to give it again, which would be
+    counted for whoever comes first, or needs more. No format takes three times its file.
+    """
+    np.ones(nbytes, np.uint8)
+    if (peak := Path("/proc/self/clear_refs")).exists():
+        peak.write_text("5")  # sets VmHWM to VmRSS; see proc(5)
 
 
 def read(file: Path) -> np.ndarray:
@@ -139,6 +161,21 @@ def read(file: Path) -> np.ndarray:
         done = 0
         while done < out.size:
             done += source.readinto(out[done : done + (1 << 30)].data)
+    return out
+
+
+def read_and_copy(files: list[Path], nbytes: int) -> np.ndarray:
+    """The copies are spread evenly over the reads. One array of `nbytes`, in huge pages, as `read`'s."""
+    total, done, copied = sum(file.stat().st_size for file in files), 0, 0
+    buffer, out = np.empty(1 << 20, np.uint8), np.empty(nbytes, np.uint8)
+    for file in files:
+        with open(file, "rb", buffering=0) as source:
+            while got := source.readinto(buffer.data):
+                done += got
+                while copied < (until := nbytes * done // total):
+                    some = min(until - copied, len(buffer))
+                    out[copied : copied + some] = buffer[:some]
+                    copied += some
     return out
 
 

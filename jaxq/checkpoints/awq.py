@@ -100,5 +100,5 @@ def _read(layer: Layer, abstract: QuantizedArray) -> list[np.ndarray]:
         for first in range(0, words.shape[1], _WORDS):
             outputs = slice(8 * first, 8 * (first + _WORDS))
             leaves[0][outputs, rows.start // 8 : rows.stop // 8] = _repack(words[:, first : first + _WORDS])
-    layer.affine(layer.parts["scales"].read(), _unpack(layer.parts["qzeros"].read()), leaves[1:], exact=False)
+    layer.affine(leaves[1:], order="awq", less=0, unpack=_unpack, exact=False)
     return leaves

@@ -10,6 +10,7 @@ layer is refused by name, or loaded dense with `dequantize=True`. Source of the 
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +30,8 @@ from jaxq.kernels import repack
 _BITS = (2, 3, 4, 8)
 # What the packages write for the two versions; others are layouts of single kernels.
 _VERSIONS = {None: 1, "gptq": 1, "gptq_v2": 2}
+# How much less than the zero point they store.
+_LESS = {1: 1, 2: 0}
 
 
 def open(path: str | os.PathLike[str], *, scale_dtype: Any = None, dequantize: bool = False) -> Checkpoint:
@@ -111,10 +114,9 @@ def _unordered_groups(layer: Layer) -> np.ndarray | None:
     return groups
 
 
-def _zeros(layer: Layer, version: int) -> np.ndarray:
-    """The zero points, uint8[G, N] below 2**bits."""
-    zeros = unpack(layer.parts["qzeros"].read(), layer.bits)
-    return zeros if version == 2 else zeros + np.uint8(1) & np.uint8(2**layer.bits - 1)
+def _zeros(words: np.ndarray, bits: int, version: int) -> np.ndarray:
+    """qzeros -> the zero points, uint8[G, N] below 2**bits."""
+    return unpack(words, bits) + np.uint8(_LESS[version]) & np.uint8(2**bits - 1)
 
 
 def _read(layer: Layer, version: int, abstract: QuantizedArray, exact: bool) -> list[np.ndarray]:
@@ -124,14 +126,16 @@ def _read(layer: Layer, version: int, abstract: QuantizedArray, exact: bool) -> 
             repack.transpose(words, leaves[0][:, rows])
         else:
             leaves[0][:, rows] = words.view(np.uint32).T
-    layer.affine(layer.parts["scales"].read(), _zeros(layer, version), leaves[1:], exact=exact)
+    unpack_zeros = functools.partial(_zeros, bits=layer.bits, version=version)
+    layer.affine(leaves[1:], order="gptq", less=_LESS[version], unpack=unpack_zeros, exact=exact)
     return leaves
 
 
 def _dequantize(layer: Layer, version: int, groups: np.ndarray) -> np.ndarray:
     """float32[N, K]: exact, as `scales * (code - zero)` has at most 20 bits where the scales are float16."""
     out = empty(layer.shape, np.float32)
-    scales, zeros = layer.parts["scales"].read().astype(np.float32), _zeros(layer, version).astype(np.float32)
+    scales = layer.parts["scales"].read().astype(np.float32)
+    zeros = _zeros(layer.parts["qzeros"].read(), layer.bits, version).astype(np.float32)
     for rows, words in zero_points.pieces(layer.parts["qweight"], 96):  # whole codes, whatever the bits
         codes = unpack(words.T, layer.bits).T
         inputs = slice(rows.start * 32 // layer.bits, rows.start * 32 // layer.bits + len(codes))

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,8 +20,10 @@ from jaxq.checkpoints import safetensors
 from jaxq.checkpoints.entries import Checkpoint, Entry, dense
 from jaxq.checkpoints.files import empty, read_json, refuse
 from jaxq.checkpoints.safetensors import Tensor
+from jaxq.kernels import repack
 from jaxq.spec import QuantSpec
 
+Order = Literal["gptq", "awq"]
 PARTS = ("qweight", "qzeros", "scales")
 _GROUPS = (128, 64, 32, 16)
 _FLOATS = ("float16", "bfloat16", "float32")
@@ -63,12 +65,32 @@ class Layer:
     def stored_bytes(self) -> int:
         return sum(part.nbytes for part in self.parts.values())
 
-    def affine(self, scales: np.ndarray, zeros: np.ndarray, out: Sequence[np.ndarray], *, exact: bool) -> None:
-        """Fill `out` with scales and biases [N, K / spec.group_size], in its dtype, from the file's [G, N].
+    def affine(
+        self,
+        out: Sequence[np.ndarray],
+        *,
+        order: Order,
+        less: int,
+        unpack: Callable[[np.ndarray], np.ndarray],
+        exact: bool,
+    ) -> None:
+        """Fill `out` with scales and biases [N, K / spec.group_size], in its dtype.
 
-        Raises CheckpointError where that dtype overflows or, with `exact`, where it rounds.
+        Args:
+          order: of the zero points in a word of the file; see `repack.groups`.
+          less: what is stored is so much less than the zero point, modulo 2**bits.
+          unpack: the same in NumPy: words [G, W] to zero points uint8[G, N].
+
+        Raises:
+          CheckpointError: that dtype overflows or, with `exact`, rounds.
         """
+        scales, words = self.parts["scales"].read(), self.parts["qzeros"].read()
         repeats, outputs = self.group_size // self.spec.group_size, scales.shape[1]
+        if repack.available():
+            options = {"bits": self.bits, "order": order, "less": less, "repeats": repeats}
+            self._check_kept(repack.groups(scales, words, out, **options), out[0].dtype, exact)
+            return
+        zeros = unpack(words)
         step = max(_FLOATS_AT_A_TIME // len(scales), 1)
         for piece in (slice(start, start + step) for start in range(0, outputs, step)):
             # Adding zero leaves one zero, of the sign that MLX's have.
@@ -83,11 +105,17 @@ class Layer:
         if dtype == np.float32 or dtype == values.dtype:
             return cast
         if np.any(np.isinf(cast) & ~np.isinf(values)):
-            raise refuse(self.path, f"its scales or biases are beyond {dtype}; pass scale_dtype=float32", self.name)
+            self._check_kept("beyond", dtype, exact)
         if exact and not np.array_equal(cast.astype(np.float32), values.astype(np.float32), equal_nan=True):
+            self._check_kept("rounded", dtype, exact)
+        return cast
+
+    def _check_kept(self, kept: str, dtype: np.dtype, exact: bool) -> None:
+        if kept == "beyond":
+            raise refuse(self.path, f"its scales or biases are beyond {dtype}; pass scale_dtype=float32", self.name)
+        if exact and kept == "rounded":
             what = f"is not symmetric, as the config says; {dtype} rounds its biases: pass scale_dtype"
             raise refuse(self.path, what, self.name)
-        return cast
 
 
 def find_layers(

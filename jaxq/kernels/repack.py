@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
+from typing import Literal
 
 import ml_dtypes
 import numpy as np
@@ -22,8 +23,10 @@ _FUNCTIONS = {
     "blocks": (_INT, [_INT, ctypes.c_char_p, *[_INT] * 4, _POINTER, _SIZE, *[_POINTER] * 3, _INT]),
     "transpose": (None, [_INT, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE]),
     "awq": (None, [_INT, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE]),
+    "groups": (_INT, [_INT, _POINTER, _INT, _POINTER, *[_INT] * 3, *[_SIZE] * 3, _POINTER, _POINTER, _SIZE, _INT]),
 }
-_DTYPES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(ml_dtypes.bfloat16): 2, np.dtype(np.uint8): 3}
+_FLOATS = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(ml_dtypes.bfloat16): 2}
+_DTYPES = _FLOATS | {np.dtype(np.uint8): 3}
 
 
 @functools.cache
@@ -97,6 +100,49 @@ def awq(words: np.ndarray, out: np.ndarray, *, portable: bool = False) -> None:
     if inputs % 8:
         raise ValueError(f"awq: {inputs} inputs are no multiple of 8")
     _call("awq", portable, words.ctypes.data, inputs // 8, columns, *_target(out, (8 * columns, inputs // 8)))
+
+
+def groups(
+    scales: np.ndarray,
+    zeros: np.ndarray,
+    out: Sequence[np.ndarray],
+    *,
+    bits: int,
+    order: Literal["gptq", "awq"],
+    less: int,
+    repeats: int,
+    portable: bool = False,
+) -> Literal["exact", "rounded", "beyond"]:
+    """Scales and zero points of GPTQ and AWQ to scales and biases, `-scales * zeros`.
+
+    Args:
+      scales: float32, float16 or bfloat16 [G, N].
+      zeros: 32-bit words [G, N * bits / 32].
+      out: scales and biases that are filled, [N, S] of one of these dtypes; S is at most G * repeats.
+      bits: of a zero point: 2, 3, 4 or 8.
+      order: of those in a word; "awq" has 4 bits.
+      less: what is stored is so much less than the zero point, modulo 2**bits.
+      repeats: how many groups of ours one of theirs makes; the last one may make fewer.
+      portable: use no instruction beyond the platform's baseline; for tests.
+
+    Returns:
+      Whether finite scales and biases are, in the dtype of `out`, the same; or rounded; or some infinite.
+    """
+    count, outputs = scales.shape
+    row, words = out[0].shape[-1], outputs * bits // 32
+    _check(scales, (count, outputs), scales.dtype)
+    _check(zeros, (count, words), zeros.dtype)
+    for leaf in out:
+        _check(leaf, (outputs, row), out[0].dtype)
+    dtypes = [_FLOATS.get(array.dtype) for array in (scales, out[0])]
+    fits = words * 32 == outputs * bits and (count - 1) * repeats < row <= count * repeats and len(out) == 2
+    if None in dtypes or zeros.itemsize != 4 or bits not in ((4,) if order == "awq" else (2, 3, 4, 8)) or not fits:
+        what = f"{scales.dtype}{list(scales.shape)}, zeros {zeros.dtype}{list(zeros.shape)} of {bits} bits"
+        raise ValueError(f"groups: scales {what}, {repeats=}, make no {out[0].dtype}{list(out[0].shape)}")
+    sizes = bits, int(order == "awq"), less, count, outputs, repeats
+    addresses = scales.ctypes.data, dtypes[0], zeros.ctypes.data
+    lost = _call("groups", portable, *addresses, *sizes, out[0].ctypes.data, out[1].ctypes.data, row, dtypes[1])
+    return "beyond" if lost & 1 else "rounded" if lost & 2 else "exact"
 
 
 def _call(name: str, portable: bool, *arguments: object) -> int:

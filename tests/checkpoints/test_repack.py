@@ -9,7 +9,8 @@ import test_gptq_awq
 from checkpoint_cases import same_bits
 
 from jaxq import checkpoints, kernels
-from jaxq.checkpoints import awq
+from jaxq.checkpoints import awq, gptq
+from jaxq.checkpoints.files import empty
 from jaxq.checkpoints.gguf_blocks import BLOCKS
 from jaxq.kernels import repack
 
@@ -82,6 +83,101 @@ def test_words(inputs, columns, portable):
     repack.transpose(words, whole[:, 3:-4], portable=portable)
     assert same_bits(whole[:, 3:-4], words.view(np.uint32).T)
     assert np.all(whole[:, :3] == 77) and np.all(whole[:, -4:] == 77)
+
+
+@pytest.mark.parametrize("portable", [False, True])
+def test_words_in_lines(portable):
+    """Rows that begin on cache lines, which are written another way; whole tiles of 16 words and rests beside them."""
+    for inputs, columns in ((128, 16), (256, 32), (384, 40), (136, 16)):
+        words = np.random.default_rng(inputs).integers(-(2**31), 2**31, (inputs, columns)).astype(np.int32)
+        for make, shape in ((repack.awq, (8 * columns, inputs // 8)), (repack.transpose, (columns, inputs))):
+            whole = empty((shape[0], -(-shape[1] // 16) * 16 + 32), np.uint32)
+            whole[...] = 77
+            make(words, whole[:, 16 : 16 + shape[1]], portable=portable)
+            expected = awq._repack(words) if make is repack.awq else words.view(np.uint32).T
+            assert same_bits(whole[:, 16 : 16 + shape[1]], expected)
+            assert np.all(whole[:, :16] == 77) and np.all(whole[:, 16 + shape[1] :] == 77)
+
+
+FLOATS = (np.float32, np.float16, ml_dtypes.bfloat16)
+
+
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize(
+    "bits, order, less", [(2, "gptq", 1), (3, "gptq", 1), (4, "gptq", 0), (8, "gptq", 1), (4, "awq", 0)]
+)
+def test_groups(bits, order, less, portable):
+    """Every dtype to every dtype, groups that repeat and that are cut, around tiles of 16 groups and 32 outputs."""
+    rng = np.random.default_rng(bits)
+    for groups, outputs, repeats, row in (
+        (1, 32, 1, 1),
+        (17, 96, 1, 17),
+        (16, 64, 3, 46),
+        (5, 32 if bits == 3 else 48, 2, 10),
+    ):
+        zeros = rng.integers(0, 2**32, (groups, outputs * bits // 32), np.uint32).view(np.int32)
+        points = awq._unpack(zeros) if order == "awq" else gptq._zeros(zeros, bits, 2 - less)
+        for dtype in FLOATS:
+            scales = rng.standard_normal((groups, outputs)).astype(dtype)
+            biases = np.float32(0) - scales.astype(np.float32) * points
+            for target in FLOATS:
+                whole = np.full((2, outputs * row + 16), 77, target)
+                out = [part[:-16].reshape(outputs, row) for part in whole]
+                call = {"bits": bits, "order": order, "less": less, "repeats": repeats, "portable": portable}
+                kept = repack.groups(scales, zeros, out, **call)
+                expected = [values.astype(target) for values in (scales, biases)]
+                for made, values in zip(out, expected, strict=True):
+                    assert same_bits(made, np.repeat(values, repeats, axis=0)[:row].T), (dtype, target)
+                assert np.all(whole[:, -16:] == 77)
+                exact = all(
+                    map(np.array_equal, (e.astype(np.float32) for e in expected), (scales.astype(np.float32), biases))
+                )
+                assert kept == ("exact" if exact else "rounded"), (dtype, target)
+
+
+@pytest.mark.parametrize("portable", [False, True])
+def test_groups_that_are_not_numbers(portable):
+    """What is infinite or NaN stays so and is no loss; what becomes infinite is."""
+    zeros = np.full((1, 4), 0x11111111, np.uint32).view(np.int32)
+    for value, kept in (
+        (np.inf, "exact"),
+        (-np.inf, "exact"),
+        (np.nan, "exact"),
+        (65519, "rounded"),
+        (65520, "beyond"),
+    ):
+        scales, out = np.full((1, 32), value, np.float32), list(np.empty((2, 32, 1), np.float16))
+        assert repack.groups(scales, zeros, out, bits=4, order="gptq", less=0, repeats=1, portable=portable) == kept
+        with np.errstate(over="ignore"):
+            assert np.array_equal(out[0], scales.astype(np.float16).T, equal_nan=True)
+            assert np.array_equal(out[1], (-scales).astype(np.float16).T, equal_nan=True)
+    scales, out = np.full((1, 32), 3.39e38, np.float32), list(np.empty((2, 32, 1), ml_dtypes.bfloat16))
+    call = {"bits": 4, "order": "gptq", "less": 0, "repeats": 1, "portable": portable}
+    assert repack.groups(scales, zeros, out, **call) == "rounded"
+    assert repack.groups(np.full((1, 32), 3.4e38, np.float32), zeros, out, **call) == "beyond"
+
+
+def test_groups_that_do_not_fit_are_refused():
+    scales, zeros = np.zeros((3, 32), np.float16), np.zeros((3, 4), np.int32)
+    call = {"bits": 4, "order": "awq", "less": 0, "repeats": 2}
+    good = np.zeros((2, 32, 6), np.float32)
+    repack.groups(scales, zeros, list(good), **call)
+    for bad_scales, bad_zeros, out, changed in (
+        (scales[:2], zeros, good, {}),
+        (scales, zeros[:, :3].copy(), good, {}),
+        (scales, zeros[:, ::2], good, {}),
+        (scales, zeros.astype(np.int64), good, {}),
+        (scales.astype(np.float64), zeros, good, {}),
+        (scales, zeros, good.astype(np.int32), {}),
+        (scales, zeros, good[:, :31], {}),
+        (scales, zeros, np.zeros((2, 32, 7), np.float32), {}),
+        (scales, zeros, np.zeros((2, 32, 4), np.float32), {}),
+        (scales, zeros, good[:1], {}),
+        (scales, np.zeros((3, 8), np.int32), good, {"bits": 8}),
+        (scales, np.zeros((3, 5), np.int32), good, {"bits": 5, "order": "gptq"}),
+    ):
+        with pytest.raises(ValueError):
+            repack.groups(bad_scales, bad_zeros, list(out), **(call | changed))
 
 
 def test_what_does_not_fit_is_refused():

@@ -6,9 +6,7 @@
 #include "numbers.h"
 #include "repack.h"
 #include "repack_blocks-inl.h"
-#ifdef __F16C__
-#include <immintrin.h>
-#endif
+#include "repack_words-inl.h"
 
 namespace jaxq::cpu {
 namespace JAXQ_ISA {
@@ -115,26 +113,6 @@ JAXQ_INLINE void Pack(const uint8_t* codes, int count, uint8_t* out) {
 
 // ---- floats
 
-// `count` is rounded up to a multiple of 8: the arrays are long enough.
-JAXQ_INLINE void FloatsOfHalves(const uint16_t* halves, int count, float* out) {
-#ifdef __F16C__
-  for (int i = 0; i < count; i += 8)
-    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + i))));
-#else
-  for (int i = 0; i < count; ++i) out[i] = FloatOfF16(halves[i]);
-#endif
-}
-
-JAXQ_INLINE void HalvesOfFloats(const float* values, int count, uint16_t* out) {
-#ifdef __F16C__
-  for (int i = 0; i < count; i += 8)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i),
-                     _mm256_cvtps_ph(_mm256_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#else
-  for (int i = 0; i < count; ++i) out[i] = F16OfFloat(values[i]);
-#endif
-}
-
 // values[count] -> out[at:], in dtype. Returns whether every finite one stayed finite in float16.
 JAXQ_INLINE bool StoreFloats(const float* values, int count, DType dtype, void* out, int64_t at) {
   if (dtype == DType::kF32) {
@@ -208,103 +186,11 @@ constexpr BlockType kTypes[] = {
     Row<TQ1>("TQ1_0"), Row<TQ2>("TQ2_0"), Row<Mxfp4>("MXFP4"),
 };
 
-// ---- transposed words
-
-// A cache line of words: what is written at a time to each row of the output.
-constexpr int kTile = 16;
-
-JAXQ_INLINE int Least(int64_t a, int64_t b) { return static_cast<int>(a < b ? a : b); }
-
-// from[8, 8] -> to[8, 8], transposed; rows `from_stride` and `to_stride` words apart.
-JAXQ_INLINE void Transpose8(const uint32_t* from, int64_t from_stride, uint32_t* to, int64_t to_stride) {
-#ifdef __AVX2__
-  // Rows by pairs, then by fours, within the halves of the vectors; then the halves.
-  __m256i a[8], b[8];
-  JAXQ_UNROLL
-  for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i * from_stride));
-  JAXQ_UNROLL
-  for (int i = 0; i < 8; i += 2) {
-    b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
-    b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
-  }
-  JAXQ_UNROLL
-  for (int i = 0; i < 8; i += 4)
-    for (int j = 0; j < 2; ++j) {
-      a[i + 2 * j] = _mm256_unpacklo_epi64(b[i + j], b[i + j + 2]);
-      a[i + 2 * j + 1] = _mm256_unpackhi_epi64(b[i + j], b[i + j + 2]);
-    }
-  JAXQ_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    const __m256i low = _mm256_permute2x128_si256(a[i], a[i + 4], 0x20);
-    const __m256i high = _mm256_permute2x128_si256(a[i], a[i + 4], 0x31);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i * to_stride), low);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + (i + 4) * to_stride), high);
-  }
-#else
-  for (int i = 0; i < 8; ++i)
-    for (int j = 0; j < 8; ++j) to[i * to_stride + j] = from[j * from_stride + i];
-#endif
-}
-
-// from[height, width] -> to[width, height], both at most kTile.
-JAXQ_INLINE void TransposeTile(const uint32_t* from, int64_t from_stride, int height, int width, uint32_t* to,
-                               int64_t to_stride) {
-  if (height == kTile && width == kTile) {
-    for (int j = 0; j < kTile; j += 8)
-      for (int i = 0; i < kTile; i += 8)
-        Transpose8(from + i * from_stride + j, from_stride, to + j * to_stride + i, to_stride);
-  } else {
-    for (int j = 0; j < width; ++j)
-      for (int i = 0; i < height; ++i) to[j * to_stride + i] = from[i * from_stride + j];
-  }
-}
-
-void Transpose(const uint32_t* words, int64_t rows, int64_t columns, uint32_t* out, int64_t stride) {
-  for (int64_t row = 0; row < rows; row += kTile)
-    for (int64_t column = 0; column < columns; column += kTile)
-      TransposeTile(words + row * columns + column, columns, Least(kTile, rows - row), Least(kTile, columns - column),
-                    out + column * stride + row, stride);
-}
-
-// Exchanges the fields of `kMask`, shifted up by kShift, of one word with the ones in place of the other.
-template <int kShift, uint32_t kMask>
-JAXQ_INLINE void Exchange(uint32_t* a, uint32_t* b) {
-  for (int j = 0; j < kTile; ++j) {
-    const uint32_t low = (a[j] & kMask) | (b[j] & kMask) << kShift;
-    b[j] = (a[j] >> kShift & kMask) | (b[j] & ~kMask);
-    a[j] = low;
-  }
-}
-
-// words[8 inputs][kTile] of eight nibbles each -> words[8 nibbles][kTile] of eight inputs each.
-JAXQ_INLINE void TransposeNibbles(uint32_t (*words)[kTile]) {
-  for (int i = 0; i < 4; ++i) Exchange<16, 0x0000ffffu>(words[i], words[i + 4]);
-  for (int i = 0; i < 2; ++i) Exchange<8, 0x00ff00ffu>(words[i], words[i + 2]);
-  for (int i = 4; i < 6; ++i) Exchange<8, 0x00ff00ffu>(words[i], words[i + 2]);
-  for (int i = 0; i < 8; i += 2) Exchange<4, 0x0f0f0f0fu>(words[i], words[i + 1]);
-}
-
-void Awq(const uint32_t* words, int64_t rows, int64_t columns, uint32_t* out, int64_t stride) {
-  // Output i of a word stands in this nibble. Source: AutoAWQ's `WQLinear_GEMM`.
-  constexpr int kNibble[8] = {0, 4, 1, 5, 2, 6, 3, 7};
-  for (int64_t row = 0; row < rows; row += kTile)
-    for (int64_t column = 0; column < columns; column += kTile) {
-      const int height = Least(kTile, rows - row), width = Least(kTile, columns - column);
-      uint32_t tile[8][kTile][kTile], inputs[8][kTile] = {};
-      for (int i = 0; i < height; ++i) {
-        for (int k = 0; k < 8; ++k) std::memcpy(inputs[k], words + ((row + i) * 8 + k) * columns + column, width * 4);
-        TransposeNibbles(inputs);
-        for (int n = 0; n < 8; ++n) std::memcpy(tile[n][i], inputs[kNibble[n]], sizeof inputs[0]);
-      }
-      for (int n = 0; n < 8; ++n)
-        TransposeTile(tile[n][0], kTile, height, width, out + (column * 8 + n) * stride + row, 8 * stride);
-    }
-}
-
 }  // namespace
 }  // namespace JAXQ_ISA
 
-const Repack JAXQ_REPACK = {JAXQ_ISA::kTypes, sizeof(JAXQ_ISA::kTypes) / sizeof(BlockType), JAXQ_ISA::Transpose, JAXQ_ISA::Awq};
+const Repack JAXQ_REPACK = {JAXQ_ISA::kTypes, sizeof(JAXQ_ISA::kTypes) / sizeof(BlockType), JAXQ_ISA::Transpose,
+                            JAXQ_ISA::Awq, JAXQ_ISA::Groups};
 
 }  // namespace jaxq::cpu
 

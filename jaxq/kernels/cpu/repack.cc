@@ -50,4 +50,16 @@ __attribute__((visibility("default"))) void jaxq_repack_awq(int portable, const 
                                                             int64_t columns, void* out, int64_t stride) {
   Get(portable).awq(static_cast<const uint32_t*>(words), rows, columns, static_cast<uint32_t*>(out), stride);
 }
+
+// Returns a sum of `Lost`.
+__attribute__((visibility("default"))) int jaxq_repack_groups(int portable, const void* scales, int from,
+                                                              const void* zeros, int bits, int awq, int less,
+                                                              int64_t groups, int64_t outputs, int64_t repeats,
+                                                              void* out_scales, void* out_biases, int64_t row,
+                                                              int dtype) {
+  const jaxq::cpu::ZeroPoints points = {static_cast<const uint8_t*>(zeros), bits, awq != 0,
+                                        static_cast<unsigned int>(less)};
+  return Get(portable).groups(scales, static_cast<DType>(from), points, groups, outputs, repeats, out_scales,
+                              out_biases, row, static_cast<DType>(dtype));
+}
 }

@@ -20,6 +20,17 @@ struct BlockType {
   BlockRepack repack;
 };
 
+// Zero points as GPTQ and AWQ have them, [groups, outputs] in 32-bit words along the outputs.
+struct ZeroPoints {
+  const uint8_t* words;
+  int bits;           // 2, 3, 4 or 8
+  bool awq;           // the nibbles of a word in AWQ's order, not in that of the outputs
+  unsigned int less;  // what is stored is so much less, modulo 2^bits
+};
+
+// What becomes of finite scales and biases in a narrower dtype: some are infinite, some are rounded.
+enum Lost : int { kBeyond = 1, kRounded = 2 };
+
 struct Repack {
   const BlockType* types;
   int type_count;
@@ -27,6 +38,10 @@ struct Repack {
   void (*transpose)(const uint32_t* words, int64_t rows, int64_t columns, uint32_t* out, int64_t stride);
   // AWQ's words[8 * rows, columns] -> out[8 * columns, rows], whose rows begin `stride` words apart.
   void (*awq)(const uint32_t* words, int64_t rows, int64_t columns, uint32_t* out, int64_t stride);
+  // scales[groups, outputs] and zero points -> scales and biases [outputs, row], each `repeats` times but for a last
+  // one that `row` cuts. Returns a sum of `Lost`.
+  int (*groups)(const void* scales, DType from, const ZeroPoints& zeros, int64_t groups, int64_t outputs,
+                int64_t repeats, void* out_scales, void* out_biases, int64_t row, DType dtype);
 };
 
 extern const Repack kRepackScalar, kRepackAvx2;
