@@ -1,11 +1,10 @@
-// More than 32 rows of x: 32 rows of w by 32 columns in the four result tiles, a panel of w in the second-level cache.
+// More than 32 rows of x, where amx_dense-inl.h does not take them: 32 rows of w by 32 columns in the four result tiles,
+// of bare codes; a group's products are scaled by the vector units while the tile unit multiplies the next.
 //
-// The tile unit starts one product of 16*16*32 in 16 cycles, and a product of two by two tiles needs one load of a tile
-// for each. All four operands out of the second-level cache are 64 lines in 64 cycles, more than it delivers; so x's
-// operand, 16 to 24 KiB for the steps of one panel, stays in the first level while the rows of w pass by, with room
-// beside it for the lines of w, the sums and the products: half of the traffic is left, and the tile unit sets the
-// pace. The panel is unpacked while the first columns are multiplied, a group ahead of each product, and a group is
-// scaled while the next one is multiplied.
+// What a group leaves behind, 64 lines of products to be read, scaled and added to 64 lines of sums, takes as long as
+// the products, and twice as long if the sums come out of the second-level cache: so all groups of a panel of w follow
+// each other for a square of two by two result tiles' sums, which stay in the first level with the products and the
+// group's operands, each used twice. The panel is unpacked while the first columns are multiplied, a group ahead.
 
 #ifndef JAXQ_KERNELS_CPU_AMX_GEMM_INL_H_
 #define JAXQ_KERNELS_CPU_AMX_GEMM_INL_H_
@@ -17,23 +16,22 @@ namespace JAXQ_ISA {
 namespace {
 
 constexpr int64_t kPanelBlocks = 16;  // of 32 rows of w, at most
-constexpr int64_t kMaxPanelSteps = 8;
-constexpr int64_t kBatch = 2;  // groups that are scaled together
+constexpr int64_t kPanelSteps = 16;
+constexpr int64_t kSquare = 2;  // blocks of rows of w, and of columns, whose sums are in the first-level cache together
 constexpr int64_t kPassColumns = 512;
 constexpr int64_t kPassBytes16 = 8 << 20;  // of packed x at a time
 
 struct TileScratch {
-  alignas(64) uint16_t codes[kPanelBlocks][kMaxPanelSteps][2][kHalves];
-  float products[2][kBatch][4][kFloats];
+  alignas(64) uint16_t codes[kPanelBlocks][kPanelSteps][2][kHalves];
+  float products[2][4][kFloats];
   TileScales scales[kPanelBlocks][2];  // of kScaleGroups groups, a multiple of a panel's
 };
 
-// A batch of products, to be scaled while the next ones are multiplied.
+// A group's products, to be scaled while the next ones are multiplied.
 struct Waiting {
-  Products halves[2][kBatch];
-  int64_t count;
+  Products halves[2];
   const TileScales* scales;
-  float* sums;
+  float* sums;  // null: nothing waits
 };
 
 class PanelProduct {
@@ -48,7 +46,7 @@ class PanelProduct {
         s_(scratch),
         sums_(sums),
         steps_(weight.format.group_size / kStep),
-        panel_groups_(Most(1, (x->parts == 1 ? kMaxPanelSteps : kMaxPanelSteps / 2) / steps_)) {}
+        panel_groups_(kPanelSteps / steps_) {}
 
   // Rows n .. n+32*blocks of w, by all columns.
   void Run(int64_t n, int64_t blocks) {
@@ -57,47 +55,50 @@ class PanelProduct {
     for (first_ = 0; first_ < weight_.groups; first_ += panel_groups_) {
       groups_ = Least(panel_groups_, weight_.groups - first_);
       if (first_ % kScaleGroups == 0) NextScales();
-      for (int64_t step = 0; step < groups_ * steps_; ++step) Unpack(0, step);
-      for (int64_t pair = 0; pair < pairs_; ++pair)
-        for (int64_t block = 0; block < blocks_; ++block)
-          for (int64_t group = 0; group < groups_; group += kBatch) Batch(pair, block, group);
+      for (int64_t pair = 0; pair < pairs_; pair += kSquare)
+        for (int64_t block = 0; block < blocks_; block += kSquare) Square(pair, block);
     }
-    Settle(0, 1);
+    Settle(waiting_, 0, 1);
   }
 
  private:
   void NextScales() {
-    Settle(0, 1);  // what still waits needs the scales that are there
-    waiting_.count = 0;
+    Settle(waiting_, 0, 1);  // what still waits needs the scales that are there
+    waiting_.sums = nullptr;
     const int64_t count = Least(kScaleGroups, weight_.groups - first_);
     for (int64_t i = 0; i < 2 * blocks_; ++i)
       FillScales(weight_, n_ + i * kSide, first_, count, unpacker_.centre(), &s_->scales[i / 2][i % 2]);
   }
 
-  // One or two groups. The vector units' work is dealt out between the steps, so that the loads of the next steps are
-  // never far behind it: the CPU looks ahead some 500 instructions, and a tile's load is a dozen.
-  void Batch(int64_t pair, int64_t block, int64_t group) {
-    const int64_t count = Least(kBatch, groups_ - group), pieces = count * steps_;
-    auto* batch = s_->products[turn_ ^= 1];
-    Waiting next = {};
-    next.count = count, next.scales = s_->scales[block], next.sums = sums_ + (pair * blocks_ + block) * 4 * kFloats;
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t at = group + i;
-      ZeroTile<0>(), ZeroTile<1>(), ZeroTile<2>(), ZeroTile<3>();
-      for (int64_t step = 0; step < steps_; ++step) {
-        MultiplyStep(x_[pair], s_->codes[block][at * steps_ + step], (first_ + at) * steps_ + step);
-        if (pair == 0 && block + 1 < blocks_) Unpack(block + 1, at * steps_ + step);
-        Settle(i * steps_ + step, pieces);
-      }
-      StoreTile<0>(batch[i][0]);
-      StoreTile<1>(batch[i][1]);
-      StoreTile<2>(batch[i][2]);
-      StoreTile<3>(batch[i][3]);
-      const float* x_sums = x_[pair].sums + (first_ + at) * kFewColumns;
-      for (int half = 0; half < 2; ++half)
-        next.halves[half][i] = {batch[i][2 * half], x_sums, (first_ + at) % kScaleGroups};
+  void Square(int64_t pair0, int64_t block0) {
+    const int64_t pairs = Least(pairs_, pair0 + kSquare), blocks = Least(blocks_, block0 + kSquare);
+    if (pair0 == 0)
+      for (int64_t block = block0; block < blocks; ++block)
+        for (int64_t step = 0; step < steps_; ++step) Unpack(block, step);
+    for (int64_t group = 0; group < groups_; ++group)
+      for (int64_t block = block0; block < blocks; ++block)
+        for (int64_t pair = pair0; pair < pairs; ++pair) Group(pair, block, group);
+  }
+
+  // The vector units' work is dealt out between the steps, so that the loads of the next steps are never far behind it:
+  // the CPU looks ahead some 500 instructions, and a tile's load is a dozen.
+  void Group(int64_t pair, int64_t block, int64_t group) {
+    auto* products = s_->products[turn_ ^= 1];
+    ZeroTile<0>(), ZeroTile<1>(), ZeroTile<2>(), ZeroTile<3>();
+    for (int64_t i = 0; i < steps_; ++i) {
+      const int64_t step = group * steps_ + i;
+      MultiplyStep(x_[pair], s_->codes[block][step], first_ * steps_ + step);
+      if (pair == 0 && group + 1 < groups_) Unpack(block, step + steps_);
+      Settle(waiting_, i, steps_);
     }
-    waiting_ = next;
+    StoreTile<0>(products[0]);
+    StoreTile<1>(products[1]);
+    StoreTile<2>(products[2]);
+    StoreTile<3>(products[3]);
+    const float* x_sums = x_[pair].sums + (first_ + group) * kFewColumns;
+    const int64_t at = (first_ + group) % kScaleGroups;
+    waiting_ = {{{products[0], x_sums, at}, {products[2], x_sums, at}}, s_->scales[block],
+                sums_ + (pair * blocks_ + block) * 4 * kFloats};
   }
 
   // One step into tiles 0 to 3: rows of w by columns.
@@ -130,14 +131,14 @@ class PanelProduct {
     }
   }
 
-  // Scales one of 1, 2, 4 or 8 pieces of the rows of what waits.
-  void Settle(int64_t piece, int64_t pieces) const {
-    if (waiting_.count == 0) return;
+  // Scales one of 1, 2 or 4 pieces of the rows of what waits.
+  void Settle(const Waiting& waiting, int64_t piece, int64_t pieces) const {
+    if (waiting.sums == nullptr) return;
     const int64_t first = kRowBlock * piece / pieces, last = kRowBlock * (piece + 1) / pieces;
     for (int64_t r = first; r < last; r += kSide) {
       const int64_t half = r / kSide;
-      AddGroups<2>(weight_.format.affine(), waiting_.count, waiting_.halves[half], waiting_.scales[half], r % kSide,
-                   Least(kSide, r % kSide + last - r), waiting_.sums + 2 * half * kFloats);
+      AddGroups<2>(weight_.format.affine(), 1, &waiting.halves[half], waiting.scales[half], r % kSide,
+                   Least(kSide, r % kSide + last - r), waiting.sums + 2 * half * kFloats);
     }
   }
 

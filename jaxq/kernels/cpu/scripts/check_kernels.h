@@ -265,6 +265,7 @@ inline std::vector<Case> MatmulCases(bool quick) {
   for (bool transpose : {true, false}) {
     for (int64_t M : {1, 4, 20, 40})
       cases.push_back({{Mode::kAffine, 4, 32}, M, 40, 2112, transpose, DType::kBF16, DType::kF32, ++seed});
+    for (DType x : dtypes) cases.push_back({{Mode::kAffine, 4, 64}, 70, 700, 1216, transpose, x, DType::kBF16, ++seed});
     cases.push_back({{Mode::kAffine, 4, 64}, 530, 144, 128, transpose, DType::kF32, DType::kF32, ++seed});
     cases.push_back({{Mode::kAffine, 4, 64}, 530, 144, 128, transpose, DType::kBF16, DType::kF32, ++seed});
   }
