@@ -1,5 +1,5 @@
-// More than 32 rows of x, where amx_dense-inl.h does not take them: 32 rows of w by 32 columns in the four result tiles,
-// of bare codes; a group's products are scaled by the vector units while the tile unit multiplies the next.
+// More than 32 rows of x, where amx_dense-inl.h does not take them: 32 rows of w, bare codes, by 32 columns in the four
+// result tiles; a group's products are scaled by the vector units while the tile unit multiplies the next.
 //
 // What a group leaves behind, 64 lines of products to be read, scaled and added to 64 lines of sums, takes as long as
 // the products, and twice as long if the sums come out of the second-level cache: so all groups of a panel of w follow

@@ -11,6 +11,7 @@
 #ifndef JAXQ_KERNELS_CPU_AMX_PACK_INL_H_
 #define JAXQ_KERNELS_CPU_AMX_PACK_INL_H_
 
+#include "scales-inl.h"
 #include "simd-inl.h"
 
 namespace jaxq::cpu {
@@ -211,23 +212,21 @@ struct TileScales {
 };
 
 void FillScales(const Weight& weight, int64_t n, int64_t first, int64_t count, float centre, TileScales* out) {
+  const F middle = Set1(centre);
   for (int64_t j = 0; j < count; j += kSide) {
-    const int64_t wide = Least(kSide, count - j);
+    const __mmask16 there = FirstLanes(count - j);
     F scales[kSide], biases[kSide];
     for (int64_t r = 0; r < kSide; ++r) {
-      const int64_t row = Least(n + r, weight.rows - 1);
-      float line[kSide] = {};
-      weight.Scales(row, first + j, wide, line);
-      scales[r] = Load(line);
-      weight.Biases(row, first + j, wide, line);
-      biases[r] = Fma(scales[r], Set1(centre), Load(line));
+      const int64_t at = Least(n + r, weight.rows - 1) * weight.groups + first + j;
+      scales[r] = LoadScales(weight, at, there);
+      if (!weight.format.affine()) continue;
+      biases[r] = Fma(scales[r], middle, LoadSome(weight.scale_dtype, weight.biases, at, there));
     }
     Transpose(scales);
+    for (int64_t i = 0; i < kSide; ++i) Store(out->values[0][j + i], scales[i]);
+    if (!weight.format.affine()) continue;
     Transpose(biases);
-    for (int64_t i = 0; i < kSide; ++i) {
-      Store(out->values[0][j + i], scales[i]);
-      Store(out->values[1][j + i], biases[i]);
-    }
+    for (int64_t i = 0; i < kSide; ++i) Store(out->values[1][j + i], biases[i]);
   }
 }
 

@@ -8,6 +8,7 @@
 #define JAXQ_KERNELS_CPU_AMX_PARTS_INL_H_
 
 #include "amx_pack-inl.h"
+#include "scales-inl.h"
 
 namespace jaxq::cpu {
 namespace JAXQ_ISA {
@@ -75,30 +76,19 @@ class PartsUnpacker {
     _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T1);
   }
 
-  // What a code stands for, whatever stands in the bits above it.
+  // What a code stands for (E2M1: twice that, see LoadScales), whatever stands in the bits above it.
   float ValueOf(int code) const {
     const uint32_t low = static_cast<uint32_t>(code) & ((1u << bits_) - 1u);
-    return weight_.format.affine() ? static_cast<float>(low) : FloatOfE2m1(low & 15u);
+    return static_cast<float>(weight_.format.affine() ? static_cast<int>(low) : kTwiceE2m1[low & 15u]);
   }
 
   // The scales and biases of up to 16 groups of one row.
-  JAXQ_INLINE void LoadScales(int64_t row, int64_t first, int64_t count, float* scales, float* biases) const {
+  JAXQ_INLINE void LoadGroups(int64_t row, int64_t first, int64_t count, float* scales, float* biases) const {
     const int64_t at = row * weight_.groups + first;
-    const auto mask = static_cast<__mmask16>((uint32_t{1} << count) - 1u);
-    if (weight_.format.affine()) {
-      _mm512_store_ps(scales, Floats(weight_.scales, at, mask));
-      _mm512_store_ps(biases, Floats(weight_.biases, at, mask));
-      return;
-    }
-    const __m128i bytes = _mm_maskz_loadu_epi8(mask, static_cast<const uint8_t*>(weight_.scales) + at);
-    _mm512_store_ps(scales, weight_.format.mode == Mode::kNvfp4 ? E4m3Floats(bytes) : E8m0Floats(bytes));
-    _mm512_store_ps(biases, _mm512_setzero_ps());
-  }
-  JAXQ_INLINE __m512 Floats(const void* base, int64_t at, __mmask16 mask) const {
-    if (weight_.scale_dtype == DType::kF32) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(base) + at);
-    const __m256i halves = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(base) + at);
-    if (weight_.scale_dtype == DType::kF16) return _mm512_cvtph_ps(halves);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+    _mm512_store_ps(scales, LoadScales(weight_, at, FirstLanes(count)));
+    _mm512_store_ps(biases, weight_.format.affine()
+                                ? LoadSome(weight_.scale_dtype, weight_.biases, at, FirstLanes(count))
+                                : _mm512_setzero_ps());
   }
 
   // Rounded to a bfloat16, ties away from zero, whose bits stand in the upper halves.
@@ -146,7 +136,7 @@ class PartsUnpacker {
       src += bytes, out += stride;
     };
     alignas(64) float scales[kSlabGroups], biases[kSlabGroups];
-    LoadScales(row, (first * kStep) >> group_shift_, groups, scales, biases);
+    LoadGroups(row, (first * kStep) >> group_shift_, groups, scales, biases);
     __m512i tables[kParts];
     if (per_group == 0) {  // 2 groups to a step, 16 entries each
       for (int64_t i = 0; i < groups; i += 2) {
@@ -172,7 +162,7 @@ class PartsUnpacker {
     const uint8_t* src = weight_.packed + row * weight_.row_bytes + first * step_bytes_;
     alignas(64) float scales[kSlabGroups], biases[kSlabGroups];
     alignas(64) uint8_t codes[kSlabSteps * kStep + 64];
-    LoadScales(row, (first * kStep) >> group_shift_, (steps * kStep) >> group_shift_, scales, biases);
+    LoadGroups(row, (first * kStep) >> group_shift_, (steps * kStep) >> group_shift_, scales, biases);
     UnpackOctets(src, steps * kStep / 8, bits_, steps * step_bytes_, codes);
     WithKind(weight_.kind, [&](auto kind) {
       for (int64_t step = 0; step < steps; ++step) {

@@ -87,30 +87,32 @@ class RowsProduct {
   void Multiply(int64_t group, int64_t last) const {
     ZeroTile<0>(), ZeroTile<1>(), ZeroTile<2>(), ZeroTile<3>();
     const auto* codes = s_->codes[Parity(group)];
-    if constexpr (kBlocks == 1) {
-      MultiplyGroup<0, 1, 0, 1>(codes, group);
-      if (round_ == 2 && group + 1 < last) MultiplyGroup<2, 3, 2, 3>(codes + steps_, group + 1);
-    } else {
-      MultiplyGroup<0, 2, 1, 3>(codes, group);
+    if constexpr (kBlocks == 2) {
+      for (int64_t step = 0; step < steps_; ++step) MultiplyStep<0, 2, 1, 3>(codes[step], group * steps_ + step);
+    } else if (round_ == 1 || group + 1 == last) {
+      for (int64_t step = 0; step < steps_; ++step) MultiplyStep<0, 1, 0, 1>(codes[step], group * steps_ + step);
+    } else {  // in turn, since a product takes as long as 4 others until the next can add to it
+      for (int64_t step = 0; step < steps_; ++step) {
+        MultiplyStep<0, 1, 0, 1>(codes[step], group * steps_ + step);
+        MultiplyStep<2, 3, 2, 3>(codes[steps_ + step], (group + 1) * steps_ + step);
+      }
     }
   }
 
   // Result tiles: kTop and kBottom for the halves of the rows; with two blocks of columns kTop2 and kBottom2 as well.
   template <int kTop, int kBottom, int kTop2, int kBottom2>
-  void MultiplyGroup(const uint16_t (*codes)[2][kHalves], int64_t group) const {
-    for (int64_t step = 0; step < steps_; ++step) {
-      LoadTile<4>(codes[step][0]);
-      LoadTile<5>(codes[step][1]);
-      for (int64_t part = 0; part < x_.parts; ++part) {
-        const uint16_t* tile = x_.Tile(group * steps_ + step, part);
-        LoadTile<6>(tile);
-        DotTiles<kTop, 4, 6>();
-        DotTiles<kBottom, 5, 6>();
-        if constexpr (kBlocks == 2) {
-          LoadTile<7>(tile + kHalves);
-          DotTiles<kTop2, 4, 7>();
-          DotTiles<kBottom2, 5, 7>();
-        }
+  JAXQ_INLINE void MultiplyStep(const uint16_t (*codes)[kHalves], int64_t step) const {
+    LoadTile<4>(codes[0]);
+    LoadTile<5>(codes[1]);
+    for (int64_t part = 0; part < x_.parts; ++part) {
+      const uint16_t* tile = x_.Tile(step, part);
+      LoadTile<6>(tile);
+      DotTiles<kTop, 4, 6>();
+      DotTiles<kBottom, 5, 6>();
+      if constexpr (kBlocks == 2) {
+        LoadTile<7>(tile + kHalves);
+        DotTiles<kTop2, 4, 7>();
+        DotTiles<kBottom2, 5, 7>();
       }
     }
   }
