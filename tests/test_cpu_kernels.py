@@ -259,6 +259,15 @@ def test_handlers_refuse_wrong_buffers():
     refused("like scales", (x, packed, scales, scales.astype(np.float16)))
     refused("biases are missing", (x, packed, scales))
     refused("too many operands", (*good, scales))
+    stack, zero = tuple(a[None] for a in good[1:]), np.int32(0)
+    refused("too many operands", (x, *stack, zero, zero))
+    refused("too many operands", (x, *stack[:2], zero, stack[2]))
+    refused("biases are missing", (x, *stack[:2], zero))
+    refused("the index must be int32", (x, *stack, np.uint32(0)))
+    refused("an index needs a stack of weights, not a leaf of shape [[]5, 16]", (*good, zero))
+    refused("of different lengths", (x, *stack[:2], np.concatenate([stack[2]] * 2), zero))
+    refused("a stack that is not empty", (x, *(a[:0] for a in stack), zero))
+    refused("must end in 128", (x[:, :64], *stack, zero))
     refused("packed must be uint32", (x, packed.astype(np.int32), scales, scales))
     refused("scales must be float32", (x, packed, scales.astype(np.int32), scales))
     refused("x must be float32", (x.astype(np.int32), *good[1:]))
@@ -280,6 +289,18 @@ def test_handlers_refuse_wrong_buffers():
     words, like = jax.ShapeDtypeStruct((5, 16), np.uint32), jax.ShapeDtypeStruct((5, 2), np.float32)
     _refused("does not follow", "quantize", (words, like, like), np.zeros((5, 64), np.float32))
     _refused("w's dtype", "quantize", (words, like, like), np.zeros((5, 128), np.float16))
+
+
+@pytest.mark.parametrize("index", [-(2**31), -1, 0, 1, 2, 3, 2**31 - 1])
+def test_an_index_out_of_range_is_clamped(index):
+    rng = np.random.default_rng(0)
+    for fmt in (("affine", 4, 64), ("mxfp4", 4, 32)):
+        leaves, _ = cpu_calls.random_weight(rng, fmt, (3, 5, 128))
+        x, result = rng.standard_normal((2, 128)).astype(np.float32), jax.ShapeDtypeStruct((2, 5), np.float32)
+        keywords = dict(zip(("mode", "bits", "group"), fmt, strict=True), transpose=True)
+        got = cpu_calls.call("quantized_matmul", result, x, *leaves, np.int32(index), **keywords)
+        one = [leaf[min(max(index, 0), 2)] for leaf in leaves]
+        np.testing.assert_array_equal(got, cpu_calls.matmul(x, one, fmt))
 
 
 def _thread_cases():

@@ -10,7 +10,12 @@ import jaxq
 
 SPEC = jaxq.QuantSpec(4, 32)
 QW = weight(SPEC, (12, 128)).qw
+STACK = weight(SPEC, (3, 12, 128)).qw
 FORMAT = dict(bits=4, group_size=32)
+
+
+def indexed(qw, index):
+    return jaxq.quantized_matmul(jnp.ones((2, 128)), qw, index=index)
 
 
 def from_packed(**changes):
@@ -71,6 +76,23 @@ def from_packed(**changes):
             ValueError,
             r"quantized_matmul: qw contracts 2 axes together",
         ),
+        (
+            lambda: indexed(QW, 0),
+            ValueError,
+            r"quantized_matmul: index needs a stack of weights, not qw\.shape=\(12, 128\)",
+        ),
+        (
+            lambda: indexed(jaxq.quantize(jnp.ones((128, 3, 8)), axis=0), 0),
+            ValueError,
+            r"quantized_matmul: index needs a stack of weights, not qw\.shape=\(128, 3, 8\) with axis=-3",
+        ),
+        (lambda: indexed(STACK, 1.0), TypeError, r"quantized_matmul: index is float32; pass an int"),
+        (
+            lambda: indexed(STACK, jnp.arange(2)),
+            ValueError,
+            r"quantized_matmul: index\.shape=\(2,\); pass a scalar, and use jax\.vmap for several at once",
+        ),
+        (lambda: indexed(STACK[:0], 0), ValueError, r"quantized_matmul: index into an empty stack"),
         (
             lambda: jaxq.quantize(jnp.ones((2, 64)), implementation="fast"),
             ValueError,

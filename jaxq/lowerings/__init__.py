@@ -10,11 +10,14 @@ and may have
   variants() -> names of the form "NAME:variant".
   unsuited(ctx) -> str | None: why it can't stand in the program that is being lowered.
   OPAQUE = True: XLA can't look into it, and is told how to partition it.
+  INDEXES = True: `quantized_matmul` takes `index`, int32[] or None, and reads an element of a stack where it lies; for
+    the others the element is copied out of the stack first.
   lower(ctx, op, operands, *, implementation, **parameters): a lowering rule, in the place of the three operations.
 """
 
 from __future__ import annotations
 
+import functools
 import platform as host
 import sys
 from collections.abc import Sequence
@@ -29,7 +32,7 @@ from jaxq.lowerings.partition import automatic_devices, partitioned
 from jaxq.primitives import common
 from jaxq.primitives.dequantize import dequantize_p
 from jaxq.primitives.quantize import quantize_p
-from jaxq.primitives.quantized_matmul import canonical, quantized_matmul_p
+from jaxq.primitives.quantized_matmul import canonical, element, quantized_matmul_p, split
 from jaxq.spec import QuantSpec
 
 _APPLE_SILICON = sys.platform == "darwin" and host.machine() == "arm64"
@@ -97,16 +100,28 @@ def _rule(op: str) -> Any:
         platforms: Sequence[str] = ctx.platforms or ctx.module_context.platforms
         # A module for several platforms shares one text; only plain operations run on all of them.
         target = platforms[0] if len(platforms) == 1 else f"several platforms ({', '.join(platforms)})"
-        module = choose(target, implementation, op, parameters["spec"], ctx)
-        if hasattr(module, "lower"):
+        spec = parameters["spec"]
+        module = choose(target, implementation, op, spec, ctx)
+        indexed = op == "quantized_matmul" and bool(split(operands, spec)[2])
+        copied = indexed and not getattr(module, "INDEXES", False)
+        if hasattr(module, "lower") and not copied:
             return module.lower(ctx, op, operands, implementation=implementation, **parameters)
         ctx = ctx.replace(avals_in=[_compat.unpartitioned(aval) for aval in ctx.avals_in])
+        if copied:
+            element_product = functools.partial(_copied, implementation=implementation, **parameters)
+            return mlir.lower_fun(element_product, multiple_results=False)(ctx, *operands)
         function = _traced(module, op, implementation, parameters)
         if getattr(module, "OPAQUE", False) and automatic_devices(ctx) > 1:
-            function = partitioned(op, function, ctx.avals_in, parameters["spec"], parameters.get("transpose"))
+            function = partitioned(op, function, ctx.avals_in, spec, parameters.get("transpose"), indexed=indexed)
         return mlir.lower_fun(function, multiple_results=True)(ctx, *operands)
 
     return rule
+
+
+def _copied(*operands: Any, **parameters: Any) -> Any:
+    """A product with an element of a stack as one with a copy of it."""
+    x, leaves, index = split(operands, parameters["spec"])
+    return quantized_matmul_p.bind(x, *element(leaves, *index), **parameters)
 
 
 def _traced(module: ModuleType, op: str, implementation: str | None, parameters: dict[str, Any]) -> Any:
@@ -114,9 +129,10 @@ def _traced(module: ModuleType, op: str, implementation: str | None, parameters:
     if hasattr(module, "variants"):
         parameters = {**parameters, "implementation": implementation}
 
-    def matmul(x: Any, *leaves: Any) -> list[Any]:
-        x2, leaves2 = canonical(x, leaves)
-        y = function(x2, *leaves2, **parameters)
+    def matmul(*operands: Any) -> list[Any]:
+        x, leaves, index = split(operands, parameters["spec"])
+        x2, leaves2 = canonical(x, leaves, index)
+        y = function(x2, *leaves2, **parameters, **({"index": index[0]} if index else {}))
         return [y.reshape(*x.shape[:-1], y.shape[-1])]
 
     def dequantize(*leaves: Any) -> list[Any]:

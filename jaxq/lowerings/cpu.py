@@ -21,6 +21,7 @@ from jaxq.spec import QuantSpec
 NAME = "cpu"
 PLATFORMS = ("cpu",)
 OPAQUE = True
+INDEXES = True
 
 
 @functools.cache
@@ -78,14 +79,18 @@ def quantized_matmul(
     *,
     spec: QuantSpec,
     transpose: bool,
+    index: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """x[B..., M, K] by w[B..., N, K] -> x.dtype[B..., M, N], or x[B..., M, N] -> [B..., M, K] where not `transpose`."""
+    """x[B..., M, K] by w[B..., N, K] -> x.dtype[B..., M, N], or x[B..., M, N] -> [B..., M, K] where not `transpose`.
+
+    With an index, int32[], w is an element of a stack [L, B..., N, K], which is read where it lies.
+    """
     outer = packed.shape[-2] if transpose else spec.length(packed.shape[-1])
     result = jax.ShapeDtypeStruct((*x.shape[:-1], outer), x.dtype)
-    leaves = (packed, scales) if biases is None else (packed, scales, biases)
+    operands = [x, packed, scales, *(leaf for leaf in (biases, index) if leaf is not None)]
     name = "jaxq_quantized_matmul_cpu"
-    return _call(name, result, x, *leaves, spec=spec, implementation=implementation, transpose=transpose)
+    return _call(name, result, *operands, spec=spec, implementation=implementation, transpose=transpose)
 
 
 def cached_attention(*operands: jax.Array, scale: float, implementation: str | None = None) -> Any:

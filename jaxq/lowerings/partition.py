@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.interpreters import mlir
@@ -33,12 +34,21 @@ def automatic_devices(ctx: mlir.LoweringRuleContext) -> int:
 
 
 def partitioned(
-    op: str, function: Callable[..., Any], operands: Sequence[Any], spec: QuantSpec, transpose: bool | None
+    op: str,
+    function: Callable[..., Any],
+    operands: Sequence[Any],
+    spec: QuantSpec,
+    transpose: bool | None,
+    *,
+    indexed: bool = False,
 ) -> Callable[..., Any]:
-    """`function` on operands of these shapes, in a form that XLA can partition."""
+    """`function` on operands of these shapes, in a form that XLA can partition.
+
+    `indexed`: whether the last operand of a product is an index into the first axis of the leaves.
+    """
     wrapped = custom_partitioning(function)
     plan = {"quantize": _plan_quantize, "dequantize": _plan_dequantize}.get(op) or functools.partial(
-        _plan_matmul, transpose=bool(transpose)
+        _plan_element if indexed else _plan_matmul, transpose=bool(transpose)
     )
 
     def partition(mesh: Mesh, arguments: Sequence[Any], _: Any) -> Any:
@@ -52,19 +62,21 @@ def partitioned(
         out = [NamedSharding(mesh, PartitionSpec(*s)) for s in result_specs]
         return mesh, local, out, tuple(shardings)
 
-    rule, sizes = _rule(op, operands, spec, transpose)
-    wrapped.def_partition(partition, sharding_rule=rule, **sizes)
+    rule, sizes = _rule(op, operands[: len(operands) - indexed], spec, transpose, ["l"] * indexed)
+    wrapped.def_partition(partition, sharding_rule=rule, need_replication_factors=("l",) * indexed, **sizes)
     return wrapped
 
 
-def _rule(op: str, operands: Sequence[Any], spec: QuantSpec, transpose: bool | None) -> tuple[str, dict[str, int]]:
+def _rule(
+    op: str, operands: Sequence[Any], spec: QuantSpec, transpose: bool | None, stack: list[str]
+) -> tuple[str, dict[str, int]]:
     """The correspondence of axes in Shardy's notation, and the sizes of the factors that stand in no axis alone.
 
     An axis of K weights is G groups of g weights, and its words are G groups of r words, so a split of one that is
     along G is a split of the others. Where a group is no whole number of words, only `partition` can tell; and a
     single group is not split at all (Shardy refuses a factor of 1 among several).
     """
-    lead = [f"b{i}" for i in range(operands[-1].ndim - 2)]
+    lead = [f"b{i}" for i in range(operands[-1].ndim - 2 - len(stack))]
     words, remainder = divmod(spec.group_size * spec.bits, WORD_BITS)
     groups = spec.groups(operands[-1].shape[-1]) if op == "quantize" else operands[-1].shape[-1]
     if remainder or groups == 1:
@@ -72,7 +84,7 @@ def _rule(op: str, operands: Sequence[Any], spec: QuantSpec, transpose: bool | N
     else:
         k, w, g = "(g e)", "g" if words == 1 else "(g r)", "g"
         sizes = {"e": spec.group_size} | ({"r": words} if words > 1 else {})
-    weight = [[*lead, "n", w], *[[*lead, "n", g]] * (spec.leaf_count - 1)]
+    weight = [[*stack, *lead, "n", w], *[[*stack, *lead, "n", g]] * (spec.leaf_count - 1)]
     if op == "quantize":
         inputs, outputs = [[*lead, "n", k]], weight
     elif op == "dequantize":
@@ -80,7 +92,7 @@ def _rule(op: str, operands: Sequence[Any], spec: QuantSpec, transpose: bool | N
     else:
         free = [f"m{i}" for i in range(operands[0].ndim - len(lead) - 1)]
         contracted, out = (k, "n") if transpose else ("n", k)
-        inputs, outputs = [[*lead, *free, contracted], *weight], [[*lead, *free, out]]
+        inputs, outputs = [[*lead, *free, contracted], *weight, *[[] for _ in stack]], [[*lead, *free, out]]
     return ", ".join(map(" ".join, inputs)) + " -> " + ", ".join(map(" ".join, outputs)), sizes
 
 
@@ -127,6 +139,19 @@ def _plan_matmul(
     rows, length = (outer, contracted) if transpose else (contracted, outer)
     weight = (*lead[:batch], rows, length)
     return [(*lead, contracted), *[weight] * spec.leaf_count], [(*lead, outer)], _names(contracted)
+
+
+def _plan_element(
+    mesh: Mesh, parts: list[list[Part]], arguments: Sequence[Any], spec: QuantSpec, *, transpose: bool
+) -> Any:
+    """`_plan_matmul` for one element of a stack; the stack is not split along its own axis."""
+    x, *leaves, _ = arguments
+    one = [jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in leaves]
+    x_part, *leaf_parts, _ = parts
+    (x_spec, *weights), outs, reduced = _plan_matmul(
+        mesh, [x_part, *(part[1:] for part in leaf_parts)], [x, *one], spec, transpose=transpose
+    )
+    return [x_spec, *((None, *weight) for weight in weights), ()], outs, reduced
 
 
 def _parts(argument: Any) -> list[Part]:

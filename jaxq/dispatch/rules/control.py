@@ -15,7 +15,7 @@ from jaxq import _compat
 from jaxq.dispatch.fallback import HELD, Policy
 from jaxq.dispatch.interpreter import evaluate, evaluate_traced, rule, traced_body
 from jaxq.dispatch.views import Form, View, dense, flatten, is_view, per_leaf, unflatten
-from jaxq.primitives.quantized_matmul import quantized_matmul_p
+from jaxq.primitives.quantized_matmul import quantized_matmul_p, split
 
 
 @rule(p.jit_p, nested=True)
@@ -60,7 +60,10 @@ def _remat_policy(policy: Any) -> Any:
     def wrapped(primitive: Any, *avals: Any, **params: Any) -> Any:
         if primitive is not quantized_matmul_p:
             return policy(primitive, *avals, **params)
-        x, packed = avals[:2]
+        x, (packed, *_), index = split(avals, params["spec"])
+        if index:
+            partition = _compat.partition(packed)[1:]
+            packed = _compat.result_aval([packed], packed.shape[1:], packed.dtype, partition)
         batch = tuple(range(packed.ndim - 2))
         contracted = packed.ndim - 1 if params["transpose"] else packed.ndim - 2
         numbers = (((x.ndim - 1,), (contracted,)), (batch, batch))

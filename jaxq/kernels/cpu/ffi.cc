@@ -90,13 +90,54 @@ bool CheckWeight(const Format& format, Weight* weight, Failure* failure) {
   return true;
 }
 
-// Reads operand `index` into `buffer` where there is one. More than one optional operand is an error.
-bool OptionalArg(ffi::RemainingArgs args, std::optional<ffi::AnyBuffer>* buffer, Failure* failure) {
-  if (args.size() == 0) return true;
-  if (args.size() > 1) return failure->message = "too many operands", false;
-  auto got = args.get<ffi::AnyBuffer>(0);
-  if (!got.has_value()) return failure->message = "the last operand is no buffer", false;
-  buffer->emplace(*got);
+// Reads the operands that need not be there: the biases and then, for a product, the index. That is the only scalar.
+bool OptionalArgs(ffi::RemainingArgs args, std::optional<ffi::AnyBuffer>* biases, std::optional<ffi::AnyBuffer>* index,
+                  Failure* failure) {
+  for (size_t i = 0; i < args.size(); ++i) {
+    auto got = args.get<ffi::AnyBuffer>(i);
+    if (!got.has_value()) return failure->message = "an operand is no buffer", false;
+    const bool scalar = index != nullptr && got->dimensions().size() == 0;
+    if (i + 1 < args.size() ? scalar || i > 0 : !scalar && i > 0) return failure->message = "too many operands", false;
+    (scalar ? index : biases)->emplace(*got);
+  }
+  return true;
+}
+
+// One element along a buffer's first axis, where it lies.
+class Element {
+ public:
+  Element(const ffi::AnyBuffer& stack, int64_t at) : buffer_(&raw_) {
+    const Dims dims = stack.dimensions();
+    raw_.struct_size = XLA_FFI_Buffer_STRUCT_SIZE;
+    raw_.dtype = static_cast<XLA_FFI_DataType>(stack.element_type());
+    raw_.rank = static_cast<int64_t>(dims.size()) - 1;
+    raw_.dims = const_cast<int64_t*>(dims.begin()) + 1;  // never written
+    raw_.data = static_cast<char*>(stack.untyped_data()) + at * static_cast<int64_t>(buffer_.size_bytes());
+  }
+  Element(const Element&) = delete;
+  Element& operator=(const Element&) = delete;
+  const ffi::AnyBuffer* get() const { return &buffer_; }
+
+ private:
+  XLA_FFI_Buffer raw_{};
+  ffi::AnyBuffer buffer_;
+};
+
+// The index, int32[], clamped to what the leaves of a stack hold, which must be one number for all of them.
+bool ReadIndex(const ffi::AnyBuffer& index, const Weight& stack, int64_t* at, Failure* failure) {
+  const auto fail = [&](std::string message) { return failure->message = std::move(message), false; };
+  if (index.element_type() != ffi::DataType::S32) return fail("the index must be int32");
+  int64_t size = -1;
+  for (const ffi::AnyBuffer* leaf : {stack.packed, stack.scales, stack.biases}) {
+    if (leaf == nullptr) continue;
+    const Dims dims = leaf->dimensions();
+    if (dims.size() < 3) return fail("an index needs a stack of weights, not a leaf of shape " + ShapeText(dims));
+    if (size >= 0 && dims[0] != size) return fail("the leaves are stacks of different lengths");
+    size = dims[0];
+  }
+  if (size == 0) return fail("an index needs a stack that is not empty");
+  const int64_t asked = *static_cast<const int32_t*>(index.untyped_data());
+  *at = asked < 0 ? 0 : asked < size ? asked : size - 1;
   return true;
 }
 
@@ -154,10 +195,18 @@ ffi::Error MatmulHandler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer 
   constexpr const char* kOp = "quantized_matmul";
   Common common;
   Failure failure;
-  std::optional<ffi::AnyBuffer> biases;
-  if (!ParseCommon(mode, bits, group_size, isa, &common, &failure) || !OptionalArg(rest, &biases, &failure))
+  std::optional<ffi::AnyBuffer> biases, index;
+  if (!ParseCommon(mode, bits, group_size, isa, &common, &failure) ||
+      !OptionalArgs(rest, &biases, &index, &failure))
     return ErrorOf(kOp, failure);
   Weight weight{1, 0, 0, &packed, &scales, biases ? &*biases : nullptr, DType::kF32};
+  std::optional<Element> packed_at, scales_at, biases_at;
+  if (index) {
+    int64_t at;
+    if (!ReadIndex(*index, weight, &at, &failure)) return ErrorOf(kOp, failure);
+    weight.packed = packed_at.emplace(packed, at).get(), weight.scales = scales_at.emplace(scales, at).get();
+    if (biases) weight.biases = biases_at.emplace(*biases, at).get();
+  }
   MatmulArgs args{};
   int64_t batch;
   args.format = common.format;
@@ -181,7 +230,8 @@ ffi::Error DequantizeHandler(ffi::ThreadPool pool, ffi::AnyBuffer packed, ffi::A
   Common common;
   Failure failure;
   std::optional<ffi::AnyBuffer> biases;
-  if (!ParseCommon(mode, bits, group_size, isa, &common, &failure) || !OptionalArg(rest, &biases, &failure))
+  if (!ParseCommon(mode, bits, group_size, isa, &common, &failure) ||
+      !OptionalArgs(rest, &biases, nullptr, &failure))
     return ErrorOf(kOp, failure);
   Weight weight{1, 0, 0, &packed, &scales, biases ? &*biases : nullptr, DType::kF32};
   if (!CheckWeight(common.format, &weight, &failure)) return ErrorOf(kOp, failure);
