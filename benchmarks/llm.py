@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import gc
 import importlib
 import importlib.util
@@ -58,7 +59,7 @@ class Jax:
         config, dtype = from_json(raw), dense or jnp.bfloat16
         if dense is not None:
             tensors = {n: t.dequantize(dense) if jaxq.is_quantized(t) else t for n, t in tensors.items()}
-        params = build(config, tensors, dtype=dtype, stacked=args.stacked or dense is not None)
+        params = build(config, tensors, dtype=dtype)
         self.weights = measure.nbytes(params)
         self.runner = measure.Runner(config, params, prompt=args.context, steps=args.steps, dtype=dtype)
         self.prefill, self.decode = self.runner.prefill, self.runner.decode
@@ -69,19 +70,27 @@ class Matmuls:
 
     def __init__(self, raw: dict[str, Any], tensors: dict[str, Any], args: Any):
         params = build(from_json(raw), tensors, dtype=jnp.bfloat16)
-        layers = [jax.tree.map(lambda leaf: leaf[0], segment) for segment in params["segments"]]
-        names = ("qkv", "out", "gate_up", "down")
-        parts = [layer[name] for layer in layers for name in names]
-        weights = [w for part in parts for w in (part if isinstance(part, tuple) else (part,))]
-        weights.append(params.get("head", params["embed"]))
-        self.weights, self.steps, self.operands = measure.nbytes(weights), args.steps, weights
+        (segment,) = params["segments"]
+        stacks = [
+            w
+            for name in ("qkv", "out", "gate_up", "down")
+            for w in jax.tree.leaves(segment[name], is_leaf=jaxq.is_quantized)
+        ]
+        self.operands = stacks, params.get("head", params["embed"])
+        self.weights, self.steps = measure.nbytes(self.operands), args.steps
         self.program = jax.jit(self._chain)
 
-    def _chain(self, weights: list[Any]) -> jax.Array:
+    def _chain(self, stacks: list[Any], head: Any) -> jax.Array:
+        def product(tie: jax.Array, w: Any, number: Any = None) -> jax.Array:
+            x = 1 + tie * jnp.ones((1, w.shape[-1]), jnp.bfloat16)
+            return jaxq.quantized_matmul(x, w, index=number)[:, :1] * 1e-30
+
+        def layer(tie: jax.Array, number: Any) -> Any:
+            return functools.reduce(functools.partial(product, number=number), stacks, tie), None
+
         def step(tie: jax.Array, _: Any) -> Any:
-            for w in weights:
-                tie = ((1 + tie * jnp.ones((1, w.shape[-1]), jnp.bfloat16)) @ w.mT)[:, :1] * 1e-30
-            return tie, None
+            tie, _ = jax.lax.scan(layer, tie, jnp.arange(len(stacks[0])))
+            return product(tie, head), None
 
         return jax.lax.scan(step, jnp.zeros((1, 1), jnp.bfloat16), length=self.steps)[0]
 
@@ -90,7 +99,7 @@ class Matmuls:
 
     def decode(self) -> float:
         began = time.perf_counter()
-        self.program(self.operands).block_until_ready()
+        self.program(*self.operands).block_until_ready()
         return (time.perf_counter() - began) / self.steps
 
 
@@ -218,7 +227,6 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layers", type=int, default=QWEN3_06B["num_hidden_layers"])
-    parser.add_argument("--stacked", action="store_true", help="jaxq's layers under a scan")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--memory-of", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

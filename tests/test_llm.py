@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,7 @@ def random_tensors(config, seed=0):
 
 @pytest.fixture(scope="module")
 def dense():
-    return build(CONFIG, random_tensors(CONFIG), dtype=jnp.float32, stacked=True)
+    return build(CONFIG, random_tensors(CONFIG), dtype=jnp.float32)
 
 
 def close(got, expected):
@@ -107,16 +108,38 @@ def test_generation_stops_at_the_end_token(dense):
     assert stopped == first[: first.index(first[3])]
 
 
-def test_stacked_and_separate_layers_agree():
-    quantizer = quantize_with(4, 32)
-    tensors = random_tensors(CONFIG)
+@pytest.mark.parametrize("quantizer", [None, quantize_with(4, 32)], ids=["dense", "int4g32"])
+def test_stacked_and_separate_layers_agree(quantizer):
+    params = build(CONFIG, random_tensors(CONFIG), dtype=jnp.float32, quantizer=quantizer)
+    (stack,) = params["segments"]
+    apart = params | {"segments": tuple(jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], stack) for i in range(2))}
     tokens = jnp.arange(12)[None]
-    outs = []
-    for stacked in (True, False):
-        params = build(CONFIG, tensors, dtype=jnp.float32, quantizer=quantizer, stacked=stacked)
-        assert len(params["segments"]) == (1 if stacked else 2)
-        outs.append(model.forward(CONFIG, params, tokens, jnp.float32))
-    close(*outs)
+    close(*(model.forward(CONFIG, params, tokens, jnp.float32) for params in (params, apart)))
+
+
+def test_layers_of_one_format_are_one_stack_and_others_stand_apart():
+    """In the order of the file: runs of 1, 2 and 1 layers, the second and third in 8 bits."""
+    config = dataclasses.replace(CONFIG, num_layers=4)
+    tensors = random_tensors(config)
+
+    def quantizer(name, weight):
+        return jaxq.quantize(weight, bits=8 if re.search("layers.[12].mlp.down", name) else 4, group_size=32)
+
+    params = build(config, tensors, dtype=jnp.float32, quantizer=quantizer)
+    assert [segment["attention_norm"].shape[0] for segment in params["segments"]] == [1, 2, 1]
+    at = 0
+    for segment in params["segments"]:
+        for i in range(len(segment["attention_norm"])):
+            names = [f"model.layers.{at}.{part}.weight" for part in PARTS]
+            qkv = np.concatenate([tensors[name] for name in names[:3]])
+            for got, name, wanted in (
+                (segment["qkv"][0], names[0], qkv),
+                (segment["down"], names[6], tensors[names[6]]),
+            ):
+                expected = quantizer(name, jnp.asarray(wanted))
+                jax.tree.map(np.testing.assert_array_equal, got[i], expected)
+            at += 1
+    assert at == 4
 
 
 def test_build_names_what_is_missing_or_misshapen():
@@ -193,7 +216,7 @@ def test_gguf_file_gives_the_logits_of_its_dequantized_weights(tmp_path):
     writer.write_tensors_to_file()
     writer.close()
 
-    config, params = load(path, dtype=jnp.float32, stacked=True)
+    config, params = load(path, dtype=jnp.float32)
     assert jaxq.is_quantized(params["embed"])
     scaling = RopeScaling("factors", factors=tuple(factors.tolist()))
     # The file holds the epsilon in float32.
@@ -203,7 +226,7 @@ def test_gguf_file_gives_the_logits_of_its_dequantized_weights(tmp_path):
         name: gguf.quants.dequantize(gguf.quants.quantize(value, q4), q4) if value.ndim == 2 else value
         for name, value in tensors.items()
     }
-    expected = build(config, rounded, dtype=jnp.float32, stacked=True)
+    expected = build(config, rounded, dtype=jnp.float32)
     tokens = jnp.arange(12)[None]
     close(model.forward(config, params, tokens, jnp.float32), model.forward(config, expected, tokens, jnp.float32))
 

@@ -136,7 +136,7 @@ def _logit_gradient(config, params, position, index):
 @pytest.mark.parametrize(("family", "form"), CASES, ids=["-".join(case) for case in CASES])
 def test_parity_with_mlx_lm(tmp_path, family, form):
     theirs = write_with_mlx_lm(tmp_path, family, form)
-    config, params = load(tmp_path, dtype=jnp.float32, stacked=True)
+    config, params = load(tmp_path, dtype=jnp.float32)
     quantized = [leaf for leaf in jax.tree.leaves(params, is_leaf=jaxq.is_quantized) if jaxq.is_quantized(leaf)]
     assert bool(quantized) == (form != "dense")
     expected, tokens = their_logits_and_tokens(theirs)

@@ -17,7 +17,7 @@ from examples.llm.load import load, quantize_with
 
 @pytest.fixture(scope="module")
 def shipped():
-    return load(demo.SHIPPED, dtype=jnp.bfloat16, stacked=True)
+    return load(demo.SHIPPED, dtype=jnp.bfloat16)
 
 
 def bits_per_byte(config, params):

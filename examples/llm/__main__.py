@@ -97,7 +97,7 @@ def _load(args: argparse.Namespace) -> Any:
     quantizer = None
     if args.bits or args.group_size or args.mode != "affine":
         quantizer = quantize_with(args.bits, args.group_size, args.mode)
-    return load(args.model, dtype=_dtype(args), quantizer=quantizer, stacked=args.stacked)
+    return load(args.model, dtype=_dtype(args), quantizer=quantizer)
 
 
 def _dtype(args: argparse.Namespace) -> Any:
@@ -124,7 +124,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         command.add_argument("--bits", type=int)
         command.add_argument("--group-size", type=int)
         command.add_argument("--mode", default="affine", choices=["affine", "mxfp4", "mxfp8", "nvfp4"])
-        command.add_argument("--stacked", action="store_true", help="layers under a scan: compiles faster, runs slower")
     return parser.parse_args(argv)
 
 

@@ -65,7 +65,7 @@ def _load(fields: dict[str, Any], name: str) -> tuple[Any, Any, Any]:
     """Config, parameters, and the dtype of the activations."""
     dtype = jnp.float32 if name.endswith("f32") else jnp.bfloat16
     # Layers under a scan: eight models are compiled here, and a small one fits in the cache anyway.
-    config, params = load(SHIPPED, dtype=dtype, quantizer=quantize_with(**fields) if fields else None, stacked=True)
+    config, params = load(SHIPPED, dtype=dtype, quantizer=quantize_with(**fields) if fields else None)
     return config, params, dtype
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +45,12 @@ _FUSED = ("qkv", "gate_up")
 Quantizer = Callable[[str, Any], Any]
 
 
-def load(
-    path: str | Path, *, dtype: Any = jnp.bfloat16, quantizer: Quantizer | None = None, stacked: bool = False
-) -> tuple[Config, Params]:
+def load(path: str | Path, *, dtype: Any = jnp.bfloat16, quantizer: Quantizer | None = None) -> tuple[Config, Params]:
     """A model from a directory with `config.json` and safetensors, or from a GGUF file.
 
     Args:
       dtype: of the activations; dense weights are converted to it. Quantized ones stay as they are in the file.
       quantizer: (name, dense weight) -> what to use in its place; see `quantize_with`.
-      stacked: see `build`.
 
     Raises:
       ValueError: a family or a setting that is not supported, a tensor that is missing or of a wrong shape.
@@ -66,7 +63,7 @@ def load(
             config = dataclasses.replace(config, rope_scaling=RopeScaling("factors", factors=factors))
     else:
         config = configs.from_json(tensors.config)
-    return config, build(config, tensors, dtype=dtype, quantizer=quantizer, stacked=stacked)
+    return config, build(config, tensors, dtype=dtype, quantizer=quantizer)
 
 
 def quantize_with(bits: int | None, group_size: int | None = None, mode: str = "affine") -> Quantizer:
@@ -81,31 +78,20 @@ def quantize_with(bits: int | None, group_size: int | None = None, mode: str = "
     return quantizer
 
 
-def build(
-    config: Config,
-    tensors: Mapping[str, Any],
-    *,
-    dtype: Any,
-    quantizer: Quantizer | None = None,
-    stacked: bool = False,
-) -> Params:
+def build(config: Config, tensors: Mapping[str, Any], *, dtype: Any, quantizer: Quantizer | None = None) -> Params:
     """Parameters as `model.py` wants them from tensors by name; each is asked for once, when its turn comes.
 
     Args:
       tensors: {name: array or QuantizedArray}, in Hugging Face's names or GGUF's. A `Checkpoint` will do.
       dtype: of the dense weights.
       quantizer: for the dense matrices.
-      stacked: layers of one format under one `lax.scan`: a program that compiles faster. Without, each layer is a
-        segment of its own: a kernel then reads the weights where they lie, while a scan copies the slice of each
-        layer before the kernel sees it, which on a CPU costs more than the product itself.
     """
     reader = _Reader(config, tensors, dtype, quantizer)
     params: Params = {"embed": reader.matrix("embed", None, (config.vocab_size, config.hidden_size))}
     if not config.tie_embeddings:
         params["head"] = reader.matrix("head", None, (config.vocab_size, config.hidden_size))
     params["norm"] = reader.vector("norm", None, config.hidden_size)
-    layers = [reader.layer(i) for i in range(config.num_layers)]
-    params["segments"] = tuple(_segments(layers) if stacked else (_stack([layer]) for layer in layers))
+    params["segments"] = tuple(_segments(map(reader.layer, range(config.num_layers)), config.num_layers))
     return params
 
 
@@ -140,17 +126,18 @@ class _Reader:
             weight = jnp.asarray(weight)
             weight = self.quantizer(name, weight) if self.quantizer else weight
         if self.gguf and self.config.family == "llama" and ours == "qkv" and part < 2:
-            rows = jnp.asarray(_split_pairs(shape[0], self.config.head_dim))
-            weight = jax.tree.map(lambda leaf: leaf[rows], weight)
+            rows = _split_pairs(shape[0], self.config.head_dim)
+            weight = jax.tree.map(lambda leaf: np.asarray(leaf)[rows], weight)
         return weight if jaxq.is_quantized(weight) else weight.astype(self.dtype)
 
     def layer(self, i: int) -> Params:
+        """Layer i, with `_Rows` for leaves."""
         config, hidden = self.config, self.config.hidden_size
         layer: Params = {}
         for ours in _NORMS:
             head = ours in ("q_norm", "k_norm")
             if not head or config.has_qk_norm:
-                layer[ours] = self.vector(ours, i, config.head_dim if head else hidden)
+                layer[ours] = _Rows([self.vector(ours, i, config.head_dim if head else hidden)])
         shapes = {
             "qkv": [(config.q_size, hidden), (config.kv_size, hidden), (config.kv_size, hidden)],
             "out": [(hidden, config.q_size)],
@@ -159,7 +146,7 @@ class _Reader:
         }
         for ours, wanted in shapes.items():
             parts = [self.matrix(ours, i, shape, part) for part, shape in enumerate(wanted)]
-            layer[ours] = _fuse(parts) if ours in _FUSED else parts[0]
+            layer[ours] = _fuse(parts) if ours in _FUSED else _fuse(parts)[0]
             names = [self.name(_PROJECTIONS[ours][part], i, "bias") for part in range(len(parts))]
             required = config.family == "qwen2" and ours == "qkv"
             if required or any(name in self.tensors for name in names):
@@ -167,7 +154,7 @@ class _Reader:
                     self.bias(name, shape[0], ours, p)
                     for p, (name, shape) in enumerate(zip(names, wanted, strict=True))
                 ]
-                layer[f"{ours}_bias"] = _join(biases)
+                layer[f"{ours}_bias"] = _Rows(biases)
         return layer
 
     def bias(self, name: str, size: int, ours: str, part: int) -> jax.Array:
@@ -186,8 +173,20 @@ def _split_pairs(rows: int, head_dim: int) -> np.ndarray:
     return np.arange(rows).reshape(-1, head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
 
 
+class _Rows:
+    """An array in pieces, which come to stand one after the other along the first axis."""
+
+    def __init__(self, pieces: Sequence[Any]):
+        self.pieces = pieces
+        self.shape = (sum(piece.shape[0] for piece in pieces), *pieces[0].shape[1:])
+        self.dtype = pieces[0].dtype
+
+    def write(self, out: np.ndarray) -> None:
+        np.concatenate([np.asarray(piece) for piece in self.pieces], out=out)
+
+
 def _fuse(parts: list[Any]) -> tuple[Any, ...]:
-    """Neighbours of one format as one weight: their outputs stand side by side."""
+    """Neighbours of one format as one weight with `_Rows` for leaves: their outputs stand side by side."""
     groups: list[list[Any]] = []
     for part in parts:
         if groups and _signature(groups[-1][0]) == _signature(part):
@@ -195,20 +194,7 @@ def _fuse(parts: list[Any]) -> tuple[Any, ...]:
         else:
             groups.append([part])
     # QuantizedArrays of one format concatenate leaf by leaf: rows are the axis before the last in every leaf.
-    return tuple(jax.tree.map(lambda *leaves: _join(leaves), *group) for group in groups)
-
-
-def _join(leaves: Sequence[Any]) -> jax.Array:
-    """Concatenated along the first axis.
-
-    By NumPy, into memory that JAX on a CPU adopts: each program that XLA compiles for this, one a shape, would stay
-    in memory with two megabytes.
-    """
-    if len(leaves) == 1:
-        return leaves[0]
-    out = empty((sum(leaf.shape[0] for leaf in leaves), *leaves[0].shape[1:]), leaves[0].dtype)
-    np.concatenate([np.asarray(leaf) for leaf in leaves], out=out)
-    return jax.device_put(out)
+    return tuple(jax.tree.map(lambda *leaves: _Rows(leaves), *group) for group in groups)
 
 
 def _signature(weight: Any) -> Any:
@@ -216,22 +202,51 @@ def _signature(weight: Any) -> Any:
     return jax.tree.structure(weight), [(leaf.shape[1:], leaf.dtype) for leaf in jax.tree.leaves(weight)]
 
 
-def _segments(layers: list[Params]) -> Iterator[Params]:
-    """Runs of layers whose leaves have the same shapes and formats, stacked."""
+def _segments(layers: Iterable[Params], count: int) -> Iterator[Params]:
+    """Runs of layers whose leaves have the same shapes and formats, stacked.
 
-    def shapes(layer: Params) -> Any:
+    Each layer is written to its place in the stacks as it comes, so that memory holds one layer more than the result.
+    """
+    run: _Run | None = None
+    for number, layer in enumerate(layers):
+        if run is not None and not run.fits(layer):
+            yield run.stacks()
+            run = None
+        run = run or _Run(layer, count - number)
+        run.append(layer)
+    if run is not None:
+        yield run.stacks()
+
+
+class _Run:
+    """Stacks that grow, of at most `room` layers like the one given. What is not written takes no memory.
+
+    They are NumPy's, in memory that JAX on a CPU adopts: programs that XLA compiles to join arrays, one a shape, would
+    stay in memory with two megabytes each.
+    """
+
+    def __init__(self, layer: Params, room: int):
+        self.like, self.count = self._shapes(layer), 0
+        self.leaves = [empty((room, *shape), dtype) for shape, dtype in self.like[1]]
+
+    @staticmethod
+    def _shapes(layer: Params) -> Any:
         return jax.tree.structure(layer), [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(layer)]
 
-    run: list[Params] = []
-    for layer in layers:
-        if run and shapes(run[-1]) != shapes(layer):
-            yield _stack(run)
-            run = []
-        run.append(layer)
-    yield _stack(run)
+    def fits(self, layer: Params) -> bool:
+        return self._shapes(layer) == self.like
 
+    def append(self, layer: Params) -> None:
+        for leaf, rows in zip(self.leaves, jax.tree.leaves(layer), strict=True):
+            rows.write(leaf[self.count])
+        self.count += 1
 
-def _stack(layers: list[Params]) -> Params:
-    if len(layers) == 1:  # a new first axis is a view where a stack would be a copy
-        return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf)[None]), layers[0])
-    return jax.tree.map(lambda *leaves: _join([np.asarray(leaf)[None] for leaf in leaves]), *layers)
+    def stacks(self) -> Params:
+        leaves = []
+        while self.leaves:
+            leaf = self.leaves.pop(0)
+            if self.count < len(leaf):  # the huge page in which it ends would be held whole
+                leaf, longer = empty((self.count, *leaf.shape[1:]), leaf.dtype), leaf
+                np.copyto(leaf, longer[: self.count])
+            leaves.append(jax.device_put(leaf))
+        return jax.tree.unflatten(self.like[0], leaves)

@@ -5,7 +5,8 @@ Parameters are a dict:
   head      [V, D]; absent where the head is tied to the embedding
   norm      float[D]
   segments  a tuple of runs of layers; in each, every leaf has the run's layers as its first axis. Layers of one format
-            make one run, under one `lax.scan`; a layer in a format of its own is a run of one.
+            make one run, under one `lax.scan`; a layer in a format of its own is a run of one. Quantized weights go
+            into the loop whole, with the number of the layer: see `project`
 A layer is a dict:
   attention_norm, mlp_norm  float[D]
   q_norm, k_norm            float[head_dim], family qwen3
@@ -14,7 +15,7 @@ A layer is a dict:
   qkv_bias, out_bias        float, where the checkpoint has them; likewise gate_up_bias, down_bias
   out                       [D, H*hd]
   down                      [D, F]
-Weights are arrays or `jaxq.QuantizedArray`s: `x @ w.mT` means the same for both.
+Weights are arrays or `jaxq.QuantizedArray`s.
 
 B: batch; S: positions of this call; T: length of the cache; D, F: hidden and intermediate size; H, KV: heads of
 queries and of keys and values; hd: length of a head.
@@ -102,17 +103,22 @@ def _run(
 def _segment(config: Config, segment: Params, x: jax.Array, cache: Any, positions: jax.Array, angles: Any) -> Any:
     """A run of layers, under `lax.scan` where it is more than one."""
     count = segment["attention_norm"].shape[0]
+    sliced = jax.tree.map(lambda w: None if jaxq.is_quantized(w) else w, segment, is_leaf=jaxq.is_quantized)
+
+    def with_stacks(layer: Params) -> Params:
+        return jax.tree.map(lambda w, own: w if own is None else own, segment, layer, is_leaf=jaxq.is_quantized)
+
     if count == 1:
-        layer = jax.tree.map(lambda leaf: leaf[0], segment)
+        layer = with_stacks(jax.tree.map(lambda leaf: leaf[0], sliced))
         return _layer(config, layer, x, cache, 0, positions, angles)
 
     # The cache is carried, not scanned over: a carried buffer is updated in place, a scanned one is copied.
     def step(carry: Any, scanned: Any) -> Any:
         x, cache = carry
         layer, number = scanned
-        return _layer(config, layer, x, cache, number, positions, angles), None
+        return _layer(config, with_stacks(layer), x, cache, number, positions, angles), None
 
-    return lax.scan(step, (x, cache), (segment, jnp.arange(count)))[0]
+    return lax.scan(step, (x, cache), (sliced, jnp.arange(count)))[0]
 
 
 def _layer(config: Config, layer: Params, x: jax.Array, cache: Any, number: Any, positions: Any, angles: Any) -> Any:
@@ -120,16 +126,16 @@ def _layer(config: Config, layer: Params, x: jax.Array, cache: Any, number: Any,
     y = rms_norm(x, layer["attention_norm"], eps)
     y, cache = _attention(config, layer, y, cache, number, positions, angles)
     x = x + y
-    y = project(rms_norm(x, layer["mlp_norm"], eps), layer["gate_up"], layer.get("gate_up_bias"))
+    y = project(rms_norm(x, layer["mlp_norm"], eps), layer["gate_up"], layer.get("gate_up_bias"), number)
     gate, up = jnp.split(y, 2, axis=-1)
-    return x + project(jax.nn.silu(gate) * up, (layer["down"],), layer.get("down_bias")), cache
+    return x + project(jax.nn.silu(gate) * up, (layer["down"],), layer.get("down_bias"), number), cache
 
 
 def _attention(
     config: Config, layer: Params, x: jax.Array, cache: Any, number: Any, positions: Any, angles: Any
 ) -> Any:
     batch, length, _ = x.shape
-    qkv = project(x, layer["qkv"], layer.get("qkv_bias"))
+    qkv = project(x, layer["qkv"], layer.get("qkv_bias"), number)
     heads = qkv.reshape(batch, length, -1, config.head_dim)
     q, k, v = jnp.split(heads, (config.num_heads, config.num_heads + config.num_kv_heads), axis=2)
     if config.has_qk_norm:
@@ -141,7 +147,7 @@ def _attention(
     else:
         y, *new = cached_attention(q, k, v, cache["k"], cache["v"], layer=number, position=positions[0])
         cache = dict(zip(("k", "v"), new, strict=True))
-    return project(y.reshape(batch, length, -1), (layer["out"],), layer.get("out_bias")), cache
+    return project(y.reshape(batch, length, -1), (layer["out"],), layer.get("out_bias"), number), cache
 
 
 def attend_in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, block: int = 64) -> jax.Array:
@@ -175,9 +181,13 @@ def _rows(table: jax.Array, tokens: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(lax.bitcast_convert_type(table, jnp.uint16)[tokens], table.dtype)
 
 
-def project(x: jax.Array, weights: tuple[Any, ...], bias: jax.Array | None) -> jax.Array:
-    """The products with several weights `[N, K]`, side by side: float[..., K] -> float[..., sum of N]."""
-    products = [x @ w.mT for w in weights]
+def project(x: jax.Array, weights: tuple[Any, ...], bias: jax.Array | None, number: Any) -> jax.Array:
+    """The products with several weights `[N, K]`, side by side: float[..., K] -> float[..., sum of N].
+
+    Of a quantized weight comes the stack of all layers, `[layers, N, K]`, and `number` tells which is meant: so the
+    kernels read it where it lies. Slices of it they would get as copies, which on CPUs take longer than the product.
+    """
+    products = [jaxq.quantized_matmul(x, w, index=number) if jaxq.is_quantized(w) else x @ w.mT for w in weights]
     y = products[0] if len(products) == 1 else jnp.concatenate(products, axis=-1)
     return y if bias is None else y + bias.astype(y.dtype)
 
