@@ -3,8 +3,10 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -118,10 +120,12 @@ def test_a_nan_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize(
     "arguments, code, message",
     [
-        (["{dense}", "{out}", "--bits", "7"], 1, "bits=7 is not legal"),
-        (["{dense}", "{out}", "--mode", "mxfp5"], 1, "mode='mxfp5'"),
-        (["{dense}", "{out}", "--dtype", "int8"], 1, "dtype 'int8'"),
-        (["{dense}", "{out}", "--groups-of-16", "x"], 1, "--groups-of-16 x;"),
+        (["{dense}", "{out}", "--bits", "7"], 2, "bits=7 is not legal"),
+        (["{dense}", "{out}", "--mode", "mxfp5"], 2, "mode='mxfp5'"),
+        (["{dense}", "{out}", "--dtype", "int8"], 2, "dtype 'int8'"),
+        (["{dense}", "{out}", "--scale-dtype", "int8"], 2, "dtype 'int8'"),
+        (["{dense}", "{out}", "--requantize"], 2, "says to what"),
+        (["{dense}", "{out}", "--groups-of-16", "x"], 2, "'x' is none of refuse, requantize, keep"),
         (["{dense}", "{dense}", "--bits", "4"], 1, "exists; pass --overwrite"),
         (["{dense}x", "{out}"], 1, "does not exist"),
         (["{dense}", "{out}", "--rule", "x"], 2, "is no rule"),
@@ -155,6 +159,34 @@ def test_inspect(dense, tmp_path):
     shown = run("inspect", tmp_path / "out").stdout
     assert "int4g64" in shown and all(name in shown for name in rows)  # whole, where no terminal bounds the lines
     assert "is found in no name" in run("inspect", dense, "--select", "x", code=1).stderr
+
+
+def test_a_selection_that_is_no_expression(dense):
+    assert "'(' is no regular expression" in run("inspect", dense, "--select", "(", code=1).stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_conversion_that_is_ended_leaves_no_target(tmp_path, end):
+    """It is ended once a file aside shows that writing has begun. Only SIGKILL leaves that one."""
+    if end == signal.SIGINT and signal.getsignal(end) == signal.SIG_IGN:
+        pytest.skip("started in the background of a shell, which has programs ignore SIGINT")
+    wide = {f"w{i}.weight": jnp.zeros((4096, 4096), jnp.float32) for i in range(8)}
+    mlx.save(tmp_path / "dense", wide)
+    command = [sys.executable, "-m", "jaxq", "convert", tmp_path / "dense", tmp_path / "out", "--bits", "4"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    child = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 60
+        while not any(tmp_path.glob(".out.*/*")) and child.poll() is None and time.monotonic() < until:
+            time.sleep(0.001)
+        child.send_signal(end)
+        code = child.wait(60)
+    finally:
+        child.kill()
+    assert code == {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}[end]
+    assert not (tmp_path / "out").exists()
+    assert end == signal.SIGKILL or [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
 def test_doctor():

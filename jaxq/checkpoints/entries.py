@@ -108,7 +108,7 @@ class Checkpoint(Mapping[str, Any]):
           64-bit types are enabled.
 
         Raises:
-          ValueError: an expression that is found in no name.
+          ValueError: an expression that is none, or that is found in no name.
           CheckpointError: a format that is not served, by tensor name; a file that changed since it was opened.
         """
         names = self.select(select)
@@ -134,6 +134,10 @@ class Checkpoint(Mapping[str, Any]):
             return [name for name in self.entries if select(name)]
         patterns = [select] if isinstance(select, str) else list(select)
         for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"load: select={pattern!r} is no regular expression: {error}") from None
             if not any(re.search(pattern, name) for name in self.entries):
                 some = ", ".join(map(repr, list(self.entries)[:3]))
                 raise ValueError(f"load: select={pattern!r} is found in no name of {self.path}; they are like {some}")

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+
+
+def _stop(signum: int, frame: object) -> None:
+    """Ends as a shell expects, but by an exception: what is half written is removed on its way."""
+    raise SystemExit(128 + signum)
 
 
 def main() -> None:
@@ -14,4 +20,5 @@ def main() -> None:
             raise
         print(f"jaxq: the command line needs {error.name}: pip install 'jaxq[cli]'", file=sys.stderr)
         raise SystemExit(1) from None
+    signal.signal(signal.SIGTERM, _stop)
     app()

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.console import Console
@@ -18,6 +18,9 @@ import jaxq
 from jaxq.cli import formats, machine
 from jaxq.reports import Report
 from jaxq.spec import QuantSpec
+
+if TYPE_CHECKING:
+    from jaxq.checkpoints import Checkpoint
 
 app = typer.Typer(
     name="jaxq",
@@ -29,6 +32,8 @@ app = typer.Typer(
 )
 _ERRORS = (ValueError, TypeError, OSError, ImportError)
 _WIDE = 1000
+# From here on a conversion takes about a second, and shows a bar.
+_PROGRESS_BYTES = 1 << 28
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")]
 
@@ -60,10 +65,10 @@ def _print(table: Table) -> None:
     Console(width=None if sys.stdout.isatty() else _WIDE).print(table)
 
 
-def _usage(option: str, parse: Any, text: str) -> Any:
+def _usage(option: str, parse: Any, *values: Any) -> Any:
     """A parsed option; a wrong one ends with exit code 2."""
     try:
-        return parse(text)
+        return parse(*values)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint=option) from None
 
@@ -112,23 +117,32 @@ def convert(
     from jaxq import checkpoints
 
     rules = [_usage("--rule", formats.parse_rule, text) for text in rule or []]
+    cast_to, scales_to = _usage("--dtype", _dtype, dtype), _usage("--scale-dtype", _dtype, scale_dtype)
+    wanted = None
+    if bits is not None or group_size is not None or mode != "affine":
+        wanted = _usage("--bits, --group-size, --mode", lambda: QuantSpec(bits, group_size, mode))  # type: ignore[arg-type]
+    if requantize and wanted is None:
+        raise typer.BadParameter("says to what with --bits or --mode", param_hint="--requantize")
+    if groups_of_16 not in (choices := get_args(checkpoints.conversion.GroupsOf16)):
+        raise typer.BadParameter(f"{groups_of_16!r} is none of {', '.join(choices)}", param_hint="--groups-of-16")
     with _told(as_json):
-        wanted = None
-        if bits is not None or group_size is not None or mode != "affine":
-            wanted = QuantSpec(bits, group_size, mode)  # type: ignore[arg-type]
-        opened = checkpoints.open(source, scale_dtype=_dtype(scale_dtype), dequantize=dequantize)
+        opened = checkpoints.open(source, scale_dtype=scales_to, dequantize=dequantize)
         report = checkpoints.convert(
             opened,
             target,
             wanted,
             rules=rules,
-            dtype=_dtype(dtype),
+            dtype=cast_to,
             requantize=requantize,
             groups_of_16=groups_of_16,  # type: ignore[arg-type]
             overwrite=overwrite,
-            progress=False if as_json else None,
+            progress=not as_json and sys.stderr.isatty() and _stored_bytes(opened) >= _PROGRESS_BYTES,
         )
         _show_report(report, {"source": str(source), "format": opened.format, "target": str(target)}, as_json)
+
+
+def _stored_bytes(opened: Checkpoint) -> int:
+    return sum(entry.stored_bytes for entry in opened.entries.values())
 
 
 def _dtype(name: str | None) -> Any:

@@ -71,12 +71,12 @@ def _installed(name: str) -> str | None:
 
 
 def _instruction_sets() -> dict[str, str]:
-    """Per instruction set, best first, "usable" or what this CPU lacks; why there are none where there are none."""
+    """Per instruction set, best first, "usable" or why not; why there are none where there are none."""
     try:
         library = kernels.cpu_library()
     except kernels.KernelsUnavailable as error:
         return {"unavailable": str(error)}
-    return {name: f"lacks {lacks}" if lacks else "usable" for name, lacks in kernels.isas(library).items()}
+    return {name: why_not or "usable" for name, why_not in kernels.isas(library).items()}
 
 
 def flat(rows: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
