@@ -137,11 +137,11 @@ def _attention(
     batch, length, _ = x.shape
     qkv = project(x, layer["qkv"], layer.get("qkv_bias"), number)
     heads = qkv.reshape(batch, length, -1, config.head_dim)
-    q, k, v = jnp.split(heads, (config.num_heads, config.num_heads + config.num_kv_heads), axis=2)
+    qk, v = jnp.split(heads, (config.num_heads + config.num_kv_heads,), axis=2)
     if config.has_qk_norm:
-        q = rms_norm(q, layer["q_norm"], config.rms_norm_eps)
-        k = rms_norm(k, layer["k_norm"], config.rms_norm_eps)
-    q, k = rope.rotate(q, *angles), rope.rotate(k, *angles)
+        is_query = jnp.arange(qk.shape[2])[:, None] < config.num_heads
+        qk = rms_norm(qk, jnp.where(is_query, layer["q_norm"], layer["k_norm"]), config.rms_norm_eps)
+    q, k = jnp.split(rope.rotate(qk, *angles), (config.num_heads,), axis=2)
     if cache is None:
         y = attend_in_blocks(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), positions)
     else:
@@ -195,5 +195,16 @@ def project(x: jax.Array, weights: tuple[Any, ...], bias: jax.Array | None, numb
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """x / rms(x) * weight over the last axis, in float32, in x's dtype."""
     wide = x.astype(jnp.float32)
-    scale = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + jnp.float32(eps))
+    scale = lax.rsqrt(_mean(wide * wide)[..., None] + jnp.float32(eps))
     return (wide * scale * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def _mean(x: jax.Array) -> jax.Array:
+    """Over the last axis: halves are added while that leaves 32 values, the rest is summed.
+
+    XLA on CPUs makes one loop of it, with vectors along the axis; of a plain sum three, whose calls take longer.
+    """
+    size = x.shape[-1]
+    while x.shape[-1] % 64 == 0:
+        x = sum(jnp.split(x, 2, axis=-1))
+    return jnp.sum(x, axis=-1) / jnp.float32(size)
