@@ -89,7 +89,7 @@ def test_training_goes_on_as_if_it_had_not_stopped(tmp_path, capsys):
 
 
 def test_generate_continues_the_prompt(capsys):
-    assert cli.main(["generate", "pystdlib", "--prompt", "import ", "--max-tokens", "12", "--stacked"]) == 0
+    assert cli.main(["generate", "pystdlib", "--prompt", "import ", "--max-tokens", "12"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("import ") and len(out) > len("import ") + 6
 
@@ -97,14 +97,14 @@ def test_generate_continues_the_prompt(capsys):
 def test_perplexity_of_a_text(tmp_path, capsys):
     text = tmp_path / "text.py"
     text.write_text("import os\n\n\ndef main():\n    return os.path.join('a', 'b')\n" * 4)
-    args = ["perplexity", "pystdlib", str(text), "--window", "64", "--stacked", "--bits", "8"]
+    args = ["perplexity", "pystdlib", str(text), "--window", "64", "--bits", "8"]
     assert cli.main(args) == 0
     bits = float(capsys.readouterr().out.split(" per token, ")[1].split()[0])
     assert 0 < bits < 4
 
 
 def test_bench_prints_speed_and_memory(capsys):
-    args = ["bench", "pystdlib", "--prompt-tokens", "32", "--steps", "4", "--repeats", "1", "--stacked"]
+    args = ["bench", "pystdlib", "--prompt-tokens", "32", "--steps", "4", "--repeats", "1"]
     assert cli.main(args) == 0
     lines = {line.split()[0]: float(line.split()[1]) for line in capsys.readouterr().out.splitlines()}
     assert all(lines[name] > 0 for name in ("prefill", "decode", "weights", "cache"))
