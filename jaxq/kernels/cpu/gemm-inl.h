@@ -11,9 +11,10 @@ namespace JAXQ_ISA {
 namespace {
 
 constexpr int64_t kTileColumns = kTileVectors * kLanes;
-constexpr int64_t kPanelColumns = 128;  // J per task; a multiple of every tile and of every group
+constexpr int64_t kPanelColumns = 128;  // J per panel; a multiple of every tile and of every group
 constexpr int64_t kPanelSteps = 256;    // L per panel; a multiple of every group
-constexpr int64_t kRowsAhead = 16;     // from the row that is unpacked to the one that is fetched
+constexpr int64_t kTaskPanels = 4;     // panels side by side per task at most, transpose=False: see MultiplyColumns
+constexpr int64_t kTaskSums = 256 << 10;  // bytes of their sums, which should stay in the second-level cache
 constexpr int64_t kPassBytes = 8 << 20;  // of x, packed as floats, at a time
 
 // The scratch of one worker.
@@ -57,14 +58,14 @@ void TransposedPanel(const Weight& weight, int64_t first, int64_t columns, int64
   }
 }
 
-// panel <- w[l0 : l0+steps, first : first+columns]
+// panel <- w[l0 : l0+steps, first : first+columns]. Fetches what lies `ahead` bytes further.
 template <Kind kKind>
-void PlainPanel(const Weight& weight, int64_t first, int64_t columns, int64_t l0, int64_t steps, PanelScratch* s) {
+void PlainPanel(const Weight& weight, int64_t first, int64_t columns, int64_t l0, int64_t steps, int64_t ahead,
+                PanelScratch* s) {
   const int64_t g = weight.format.group_size;
   for (int64_t l = 0; l < steps; ++l) {
-    // Short pieces of many rows, which the hardware does not foresee.
-    const int64_t ahead = Least(l0 + l + kRowsAhead, weight.rows - 1);
-    __builtin_prefetch(weight.packed + ahead * weight.row_bytes + first / 8 * weight.format.bits);
+    // Short pieces of many rows, which the hardware does not foresee. (An address past the end does nothing.)
+    __builtin_prefetch(weight.packed + (l0 + l) * weight.row_bytes + first / 8 * weight.format.bits + ahead);
     weight.Codes(l0 + l, first, columns, s->codes[0]);
     weight.Scales(l0 + l, first / g, columns / g, s->scales[0]);
     weight.Biases(l0 + l, first / g, columns / g, s->biases[0]);
@@ -121,34 +122,49 @@ void PackX(const MatmulArgs& args, int64_t L, int64_t m0, int64_t rows, float* o
   }
 }
 
-// One task: columns j0 .. of the result for rows m0 .. m0+rows. x: tiles of PackX; sums: float[rows, kPanelColumns].
-void MultiplyColumns(const MatmulArgs& args, const Weight& weight, int64_t j0, int64_t m0, int64_t rows, const float* x,
-                     float* sums, PanelScratch* s) {
+// One task: columns j0 .. j0+width of the result for rows m0 .. m0+rows. x: tiles of PackX; sums: [panel][rows, kPanelColumns].
+//
+// transpose=False takes a few panels side by side before it goes on along the sum: a row of a panel is one cache line of
+// w or two, and each row lies in a page of its own.
+void MultiplyColumns(const MatmulArgs& args, const Weight& weight, int64_t j0, int64_t width, int64_t m0, int64_t rows,
+                     const float* x, float* sums, PanelScratch* s) {
   const int64_t L = args.transpose ? args.K : args.N, J = args.transpose ? args.N : args.K;
-  const int64_t columns = Least(kPanelColumns, J - j0);
-  std::memset(sums, 0, static_cast<size_t>(rows * kPanelColumns) * sizeof(float));
+  const int64_t panel_bytes = kPanelColumns / 8 * weight.format.bits, sums_room = rows * kPanelColumns;
+  const int64_t panels = Ceil(width, kPanelColumns);
+  std::memset(sums, 0, static_cast<size_t>(panels * sums_room) * sizeof(float));
   for (int64_t l = 0; l < L; l += kPanelSteps) {
     const int64_t steps = Least(kPanelSteps, L - l);
-    WithKind(weight.kind, [&](auto kind) {
-      if (args.transpose)
-        TransposedPanel<decltype(kind)::value>(weight, j0, columns, l, steps, s);
-      else
-        PlainPanel<decltype(kind)::value>(weight, j0, columns, l, steps, s);
-    });
-    for (int64_t m = 0; m < rows; m += kTileRows) {
-      const int64_t tile = Least(kTileRows, rows - m);
-      for (int64_t j = 0; j < columns; j += kTileColumns)
-        MultiplyRows<kTileRows>(tile, x + m * L + l * tile, s->panel + j * steps, steps, sums + m * kPanelColumns + j);
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t first = j0 + p * kPanelColumns, columns = Least(kPanelColumns, j0 + width - first);
+      const int64_t ahead = p + 1 < panels ? panel_bytes : kPanelSteps * weight.row_bytes - p * panel_bytes;
+      WithKind(weight.kind, [&](auto kind) {
+        if (args.transpose)
+          TransposedPanel<decltype(kind)::value>(weight, first, columns, l, steps, s);
+        else
+          PlainPanel<decltype(kind)::value>(weight, first, columns, l, steps, ahead, s);
+      });
+      for (int64_t m = 0; m < rows; m += kTileRows) {
+        const int64_t tile = Least(kTileRows, rows - m);
+        float* out = sums + p * sums_room + m * kPanelColumns;
+        for (int64_t j = 0; j < columns; j += kTileColumns)
+          MultiplyRows<kTileRows>(tile, x + m * L + l * tile, s->panel + j * steps, steps, out + j);
+      }
     }
   }
-  for (int64_t m = 0; m < rows; ++m)
-    FromFloats(args.x_dtype, sums + m * kPanelColumns, columns, args.y, (m0 + m) * J + j0);
+  for (int64_t p = 0; p < panels; ++p) {
+    const int64_t first = j0 + p * kPanelColumns, columns = Least(kPanelColumns, j0 + width - first);
+    for (int64_t m = 0; m < rows; ++m)
+      FromFloats(args.x_dtype, sums + p * sums_room + m * kPanelColumns, columns, args.y, (m0 + m) * J + first);
+  }
 }
 
 Outcome MatmulPanels(const MatmulArgs& args, const Weight& weight, const Parallel& parallel) {
   const int64_t L = args.transpose ? args.K : args.N, J = args.transpose ? args.N : args.K;
   const int64_t fit = Most(kPassBytes / (L * 4) / kTileRows, 4) * kTileRows, pass = Least(args.M, fit);
-  const int64_t per_slot = Room<PanelScratch>(1) + Room<float>(pass * kPanelColumns);
+  const int64_t fair = Ceil(J, kPanelColumns * 4 * parallel.slots());  // every worker should have a few tasks
+  const int64_t panels = Most(1, Least(Least(kTaskPanels, fair), kTaskSums / (pass * kPanelColumns * 4)));
+  const int64_t width = (args.transpose ? 1 : panels) * kPanelColumns;
+  const int64_t per_slot = Room<PanelScratch>(1) + Room<float>(pass * width);
   const Scratch scratch(Room<float>(pass * L) + parallel.slots() * per_slot);
   if (!scratch.ok()) return Outcome::kNoMemory;
   char* cursor = scratch.data();
@@ -159,10 +175,11 @@ Outcome MatmulPanels(const MatmulArgs& args, const Weight& weight, const Paralle
       const int64_t m = task * kTileRows;
       PackX(args, L, m0 + m, Least(kTileRows, rows - m), x + m * L);
     });
-    parallel.For(Ceil(J, kPanelColumns), [&](int64_t task, int slot) {
+    parallel.For(Ceil(J, width), [&](int64_t task, int slot) {
       char* mine = cursor + slot * per_slot;
       auto* s = Take<PanelScratch>(&mine, 1);
-      MultiplyColumns(args, weight, task * kPanelColumns, m0, rows, x, reinterpret_cast<float*>(mine), s);
+      const int64_t j0 = task * width, columns = Least(width, J - j0);
+      MultiplyColumns(args, weight, j0, columns, m0, rows, x, reinterpret_cast<float*>(mine), s);
     });
   }
   return Outcome::kDone;

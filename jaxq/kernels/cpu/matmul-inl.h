@@ -203,6 +203,9 @@ void SumColumns(const MatmulArgs& args, const Weight& weight, int64_t first, int
   for (int64_t n = 0; n < args.N; n += kSumRows) {
     const int64_t rows = Least(kSumRows, args.N - n);
     for (int64_t r = 0; r < rows; ++r) {
+      // The next rows': pieces too short for the hardware to foresee. (An address past the end does nothing.)
+      const uint8_t* next = weight.packed + (n + r + kSumRows) * weight.row_bytes + first / 8 * weight.format.bits;
+      for (int64_t i = 0; i < count / 8 * weight.format.bits; i += 64) __builtin_prefetch(next + i);
       weight.Codes(n + r, first, count, s->codes[r]);
       weight.Scales(n + r, first / g, groups, s->scales[r]);
       weight.Biases(n + r, first / g, groups, s->biases[r]);
