@@ -16,12 +16,14 @@ namespace jaxq::cpu {
 namespace JAXQ_ISA {
 namespace {
 
-constexpr int64_t kChunkRows = 1024;  // a multiple of kPanelRows
+constexpr int64_t kChunkRows = 512;  // a multiple of kPanelRows
 constexpr int64_t kPlainPassRows = 256;
 constexpr int64_t kPlainSums = 128 << 10;     // bytes of a strip's sums, which stay in the second-level cache
 constexpr int64_t kPlainPartials = 8 << 20;   // bytes of all chunks' sums at most
-constexpr int64_t kPlainTasks = 8;            // per slot, to want no chunks
+constexpr int64_t kPlainTasks = 8;            // per slot, as near as may be
+constexpr int64_t kSingleRows = 2;            // of x, to unpack the codes for each rather than share a panel
 constexpr int64_t kTwoDigitTerms = 256;       // from here on, bfloat16 x has two digits: see PlainDigits
+constexpr int64_t kFirstLines = 4096;         // of a chunk's codes, fetched before it begins
 constexpr int kMaxTileRows = 6;
 
 // Rounding x times scale to 2**-16 of its block's largest adds up to far less than the 2**-9 by which the result is
@@ -90,19 +92,25 @@ void MultiplyHeight(int64_t height, const uint8_t* codes, int64_t quads, const P
   if constexpr (kM > 1) MultiplyHeight<kDigits, kVectors, kM - 1>(height, codes, quads, s, y, stride);
 }
 
-// One row of x by a span of kGroups groups, `count` rows from `w` on; adds to y[kSpan].
+// Some rows of w in a span of columns: see ColumnQuads.
+struct SpanOfRows {
+  const uint8_t* w;
+  int64_t row_bytes, count, columns;
+};
+
+// One row of x by a span of kGroups groups; adds to y[kSpan].
 template <int kDigits, int kGroups, typename Quads>
-JAXQ_INLINE void MultiplySpan(const Quads& load, const uint8_t* w, int64_t row_bytes, int64_t count, int64_t columns,
-                              const PlainScratch& s, float* y) {
+JAXQ_INLINE void MultiplySpan(const Quads& load, SpanOfRows span, const PlainScratch& s, Fetcher* next, float* y) {
   __m512i sums[kSpanVectors][kDigits];
   JAXQ_UNROLL
   for (auto& vector : sums)
     JAXQ_UNROLL
     for (__m512i& sum : vector) sum = _mm512_setzero_si512();
   const int8_t* word = s.digits[0][0];
-  for (int64_t r = 0; r < count; r += 4, word += 4) {
+  for (; span.count > 0; span.count -= 4, span.w += 4 * span.row_bytes, word += 4) {
     __m512i codes[kSpanVectors];
-    load(w, row_bytes, r, count, columns, codes);
+    next->Next(load.bits());
+    load(span.w, span.row_bytes, span.count, span.columns, codes);
     JAXQ_UNROLL
     for (int v = 0; v < kSpanVectors; ++v)
       JAXQ_UNROLL
@@ -116,6 +124,9 @@ JAXQ_INLINE void MultiplySpan(const Quads& load, const uint8_t* w, int64_t row_b
     _mm512_storeu_ps(y + 16 * v, _mm512_add_ps(total, _mm512_loadu_ps(y + 16 * v)));
   }
 }
+
+// Columns whose scales are taken together: 16 groups, or the most that PanelScales holds.
+JAXQ_INLINE int64_t StripColumns(const Format& format) { return Least(kMaxPanelGroups / 2 * format.group_size, 1024); }
 
 template <int kDigits, typename Quads>
 class PlainProduct {
@@ -135,8 +146,12 @@ class PlainProduct {
   // y[rows][stride] = rows first .. last of w, columns k .. k+width. False where x cannot be split.
   bool Run(int64_t first, int64_t last, int64_t k, int64_t width, float* y, int64_t stride) const {
     std::memset(y, 0, static_cast<size_t>(rows_ * stride) * sizeof(float));
+    Fetchers now = Fetch(first, last, k, width);
+    now.scales.Next(now.scale_lines);
+    now.biases.Next(now.scale_lines);
+    now.codes.Next(kFirstLines);
     for (int64_t n = first; n < last; n += kPanelRows)
-      if (!Block(n, Least(kPanelRows, last - n), k, width, y, stride)) return false;
+      if (!Block(n, Least(kPanelRows, last - n), last, k, width, y, stride)) return false;
     return true;
   }
 
@@ -145,26 +160,54 @@ class PlainProduct {
 
   int64_t First(int64_t tile) const { return tile * rows_ / tiles_; }
 
-  bool Block(int64_t n, int64_t count, int64_t k, int64_t width, float* y, int64_t stride) const {
-    const int64_t g = weight_.format.group_size, groups = width / g;
-    FillScales(weight_, n, count, k / g, groups, 0.0f, &s_->scales);
-    const int64_t filled = RoundUp(count, 16);
-    for (int64_t j = 0; j < groups && filled < kPanelRows; ++j) {
-      std::memset(s_->scales.scales[j] + filled, 0, static_cast<size_t>(kPanelRows - filled) * sizeof(float));
-      std::memset(s_->scales.biases[j] + filled, 0, static_cast<size_t>(kPanelRows - filled) * sizeof(float));
-    }
+  // The block of rows after this one is fetched on the way, up to row `last`.
+  bool Block(int64_t n, int64_t count, int64_t last, int64_t k, int64_t width, float* y, int64_t stride) const {
+    const int64_t bits = weight_.format.bits, strip = StripColumns(weight_.format), spans = Ceil(width, kSpan);
     for (int64_t m = 0; m < rows_; ++m) {
       float* row = x_ + m * kPanelRows;
       ToFloats(args_.x_dtype, args_.x, (m0_ + m) * args_.N + n, count, row);
       std::memset(row + count, 0, static_cast<size_t>(kPanelRows - count) * sizeof(float));
     }
+    Fetchers next = Fetch(n + kPanelRows, last, k, width);
     for (int64_t column = 0; column < width; column += kSpan) {
-      const int64_t columns = Least(kSpan, width - column);
-      const uint8_t* w = weight_.packed + n * weight_.row_bytes + (k + column) / 8 * weight_.format.bits;
-      if (!(rows_ == 1 ? Single(w, count, column, columns, y + column) : Panel(w, count, column, columns, y, stride)))
+      const int64_t columns = Least(kSpan, width - column), in_strip = column % strip;
+      if (in_strip == 0) TakeScales(n, count, k + column, Least(strip, width - column));
+      next.scales.Next(Ceil(next.scale_lines, spans));
+      next.biases.Next(Ceil(next.scale_lines, spans));
+      const uint8_t* w = weight_.packed + n * weight_.row_bytes + (k + column) / 8 * bits;
+      const SpanOfRows span = {w, weight_.row_bytes, count, columns};
+      if (!(rows_ <= kSingleRows ? Single(span, in_strip, &next.codes, y + column, stride)
+                                 : Panel(span, in_strip, &next.codes, y + column, stride)))
         return false;
     }
     return true;
+  }
+
+  struct Fetchers {
+    Fetcher codes, scales, biases;
+    int64_t scale_lines;
+  };
+
+  // For rows n .. of a block before row `last`.
+  Fetchers Fetch(int64_t n, int64_t last, int64_t k, int64_t width) const {
+    const int64_t rows = Most(0, Least(kPanelRows, last - n)), size = SizeOf(weight_.scale_dtype);
+    const int64_t at = n * weight_.groups + k / weight_.format.group_size, wide = width / weight_.format.group_size * size;
+    const auto scales = [&](const void* base) {
+      return Fetcher(static_cast<const char*>(base) + at * size, wide, rows, weight_.groups * size);
+    };
+    const int64_t bits = weight_.format.bits;
+    const uint8_t* w = weight_.packed + n * weight_.row_bytes + k / 8 * bits;
+    return {Fetcher(w, width / 8 * bits, rows, weight_.row_bytes), scales(weight_.scales), scales(weight_.biases),
+            rows * Ceil(wide, 64)};
+  }
+
+  void TakeScales(int64_t n, int64_t count, int64_t k, int64_t columns) const {
+    const int64_t g = weight_.format.group_size, filled = RoundUp(count, 16);
+    FillScales(weight_, n, count, k / g, columns / g, 0.0f, &s_->scales);
+    for (int64_t j = 0; j < columns / g && filled < kPanelRows; ++j) {
+      std::memset(s_->scales.scales[j] + filled, 0, static_cast<size_t>(kPanelRows - filled) * sizeof(float));
+      std::memset(s_->scales.biases[j] + filled, 0, static_cast<size_t>(kPanelRows - filled) * sizeof(float));
+    }
   }
 
   // Digits of row m for the group `group` of the strip, as number `at`.
@@ -173,35 +216,37 @@ class PlainProduct {
                                 {s_->digits[at][0], s_->units + at, s_->biases + at});
   }
 
-  bool Single(const uint8_t* w, int64_t count, int64_t column, int64_t columns, float* y) const {
+  // A span, which begins at column `at` of the strip.
+  bool Single(const SpanOfRows& span, int64_t at, Fetcher* next, float* y, int64_t stride) const {
     const int64_t g = weight_.format.group_size;
-    for (int64_t j = 0; j < columns / g; ++j)
-      if (!Split(0, column / g + j, j)) return false;
-    const auto multiply = [&](auto groups) {
-      MultiplySpan<kDigits, decltype(groups)::value>(load_, w, weight_.row_bytes, count, columns, *s_, y);
-    };
-    if (g == 128) multiply(Count<1>{});
-    if (g == 64) multiply(Count<2>{});
-    if (g == 32) multiply(Count<4>{});
-    if constexpr (!Quads::kInPairs)
-      if (g == 16) multiply(Count<8>{});
+    for (int64_t m = 0; m < rows_; ++m, y += stride) {
+      for (int64_t j = 0; j < span.columns / g; ++j)
+        if (!Split(m, at / g + j, j)) return false;
+      const auto multiply = [&](auto groups) { MultiplySpan<kDigits, decltype(groups)::value>(load_, span, *s_, next, y); };
+      if (g == 128) multiply(Count<1>{});
+      if (g == 64) multiply(Count<2>{});
+      if (g == 32) multiply(Count<4>{});
+      if constexpr (!Quads::kInPairs)
+        if (g == 16) multiply(Count<8>{});
+    }
     return true;
   }
 
-  bool Panel(const uint8_t* w, int64_t count, int64_t column, int64_t columns, float* y, int64_t stride) const {
-    const int64_t g = weight_.format.group_size, quads = Ceil(count, 4);
+  bool Panel(const SpanOfRows& span, int64_t in_strip, Fetcher* next, float* y, int64_t stride) const {
+    const int64_t g = weight_.format.group_size, quads = Ceil(span.count, 4);
     for (int64_t q = 0; q < quads; ++q) {
       __m512i codes[kSpanVectors];
-      load_(w, weight_.row_bytes, 4 * q, count, columns, codes);
+      next->Next(load_.bits());
+      load_(span.w + 4 * q * span.row_bytes, span.row_bytes, span.count - 4 * q, span.columns, codes);
       JAXQ_UNROLL
       for (int v = 0; v < kSpanVectors; ++v) _mm512_store_si512(s_->codes[v / 2][q][v % 2], codes[v]);
     }
     for (int64_t tile = 0; tile < tiles_; ++tile) {
       const int64_t first = First(tile), height = First(tile + 1) - first;
-      for (int64_t at = 0; at < columns; at += g) {
+      for (int64_t at = 0; at < span.columns; at += g) {
         for (int64_t m = 0; m < height; ++m)
-          if (!Split(first + m, (column + at) / g, m)) return false;
-        float* out = y + first * stride + column;
+          if (!Split(first + m, (in_strip + at) / g, m)) return false;
+        float* out = y + first * stride;
         if (g == 16) {
           MultiplyHeight<kDigits, 1, kTile>(height, s_->codes[at / 32][0][at / 16 % 2], quads, *s_, out + at, stride);
           continue;
@@ -259,12 +304,13 @@ template <int kDigits, typename Quads>
 Outcome PlainPasses(const MatmulArgs& args, const Weight& weight, const Parallel& parallel) {
   const Quads load(args.format.bits);
   const int64_t pass = Least(args.M, kPlainPassRows), chunks = Ceil(args.N, kChunkRows);
-  // Wide strips use the whole of each cache line of scales.
-  const int64_t groups = Least(kMaxPanelGroups, 1024 / args.format.group_size);
-  const int64_t wide = Least(groups * args.format.group_size, kPlainSums / (4 * pass) / kSpan * kSpan);
-  const int64_t width = Least(RoundUp(args.K, kSpan), Most(kSpan, wide)), strips = Ceil(args.K, width);
-  const bool cut = strips < kPlainTasks * parallel.slots() && chunks > 1 &&
-                   chunks * pass * strips * width * 4 <= kPlainPartials;
+  // Tasks as wide as they may be, for a page of w has whole rows; but enough of them.
+  const bool can_cut = chunks > 1 && chunks * pass * RoundUp(args.K, kSpan) * 4 <= kPlainPartials;
+  const int64_t tasks = kPlainTasks * parallel.slots(), strip = StripColumns(args.format);
+  const int64_t most = Most(kSpan, kPlainSums / (4 * pass) / kSpan * kSpan);
+  const int64_t fair = RoundUp(Ceil(args.K, Ceil(tasks, can_cut ? chunks : 1)), strip);
+  const int64_t width = Least(Least(most, fair), RoundUp(args.K, kSpan)), strips = Ceil(args.K, width);
+  const bool cut = can_cut && strips < tasks;
   const int64_t x_room = Room<float>(pass * kPanelRows), sum_room = Room<float>(pass * width);
   const int64_t slot_room = Room<PlainScratch>(1) + x_room + 2 * sum_room;
   const Scratch scratch(parallel.slots() * slot_room + (cut ? chunks * strips * sum_room : 0));

@@ -51,17 +51,13 @@ class ColumnQuads {
     mask_ = _mm512_set1_epi8(static_cast<char>((1 << bits) - 1));
   }
 
-  // Rows r .. r+4 of the `count` from `w` on, which are `row_bytes` apart; rows past the end repeat the last. `columns`
-  // of the columns exist; the others are zeros.
-  JAXQ_INLINE void operator()(const uint8_t* w, int64_t row_bytes, int64_t r, int64_t count, int64_t columns,
-                              __m512i* out) const {
-    const uint8_t* row[4];
-    JAXQ_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      row[i] = w + Least(r + i, count - 1) * row_bytes;
-      // The next block's: rows are too many at a time for the hardware to see where they lead.
-      _mm_prefetch(reinterpret_cast<const char*>(row[i] + kPanelRows * row_bytes), _MM_HINT_T1);
-    }
+  JAXQ_INLINE int bits() const { return kNibbles ? 4 : bits_; }
+
+  // Four rows from `w` on, which are `row_bytes` apart; only `count` of them exist, and the last is repeated. `columns` of
+  // the columns exist; the others are zeros.
+  JAXQ_INLINE void operator()(const uint8_t* w, int64_t row_bytes, int64_t count, int64_t columns, __m512i* out) const {
+    const uint8_t* row[4] = {w};
+    for (int i = 1; i < 4; ++i) row[i] = row[i - 1] + (i < count ? row_bytes : 0);
     __m512i bytes[4];
     if constexpr (kNibbles) {
       JAXQ_UNROLL
@@ -94,6 +90,34 @@ class ColumnQuads {
  private:
   const int bits_;
   __m512i spread_, shifts_, words_, mask_;
+};
+
+// Fetches a rectangle of rows into the second-level cache, a few lines at a time, in the order in which they lie in
+// memory: a block's codes are used a line of each row at a time, which neither the hardware foresees nor memory likes.
+class Fetcher {
+ public:
+  // `width` bytes of each of `rows` rows, `stride` bytes apart.
+  Fetcher(const void* first, int64_t width, int64_t rows, int64_t stride)
+      : row_(static_cast<const char*>(first)), width_(width), stride_(stride), rows_(rows) {
+    if (width == stride) width_ *= rows, rows_ = rows > 0;  // whole rows are one
+  }
+
+  JAXQ_INLINE void Next(int64_t lines) {
+    if (rows_ > 0 && at_ + 64 * lines < width_) {
+      for (int64_t i = 0; i < lines; ++i) _mm_prefetch(row_ + at_ + 64 * i, _MM_HINT_T1);
+      at_ += 64 * lines;
+      return;
+    }
+    for (; lines > 0 && rows_ > 0; --lines) {
+      _mm_prefetch(row_ + at_, _MM_HINT_T1);
+      at_ += 64;
+      if (at_ >= width_) at_ = 0, row_ += stride_, --rows_;
+    }
+  }
+
+ private:
+  const char* row_;
+  int64_t width_, stride_, rows_, at_ = 0;
 };
 
 // A block's row of x times the scales of one group.
