@@ -14,7 +14,9 @@ namespace JAXQ_ISA {
 namespace {
 
 constexpr int64_t kPlainRows = 256;     // of w at a time: 8 steps
-constexpr int64_t kPlainColumns = 128;  // of w per task; a multiple of every group
+constexpr int64_t kPlainColumns = 128;  // of w at a time; a multiple of every group
+constexpr int64_t kPlainStrips = 4;     // such columns per task at most: fewer visits to each page of w
+constexpr int64_t kPlainSums = 256 << 10;  // bytes of a task's sums, which should stay in the second-level cache
 constexpr int64_t kPlainPassBytes = 8 << 20;
 constexpr int64_t kPlainPassRows = 512;
 constexpr int64_t kPlainLeastTerms = 120;  // below, the result's bound is so tight that w needs 3 parts
@@ -58,31 +60,129 @@ void PackPlain(const MatmulArgs& args, int64_t m, int64_t rows, int64_t step, co
   }
 }
 
+// Weights of up to 5 bits, 32 codes at a time, through a table of what each code stands for in its group: a row needs a
+// table for every part, which costs less than to scale and to cut all of its codes.
+class TableDequantizer {
+ public:
+  static bool Serves(const Format& format) {
+    return format.mode != Mode::kMxfp8 && format.bits <= 5 && format.group_size >= 2 * kSide;
+  }
+
+  explicit TableDequantizer(const Format& format) : format_(format) {
+    alignas(64) uint16_t shifts[32], upper[32];
+    alignas(64) uint8_t spread[64];
+    alignas(64) float values[2][16];
+    const int last = (1 << format.bits) - 1;
+    for (int i = 0; i < 32; ++i) {
+      // Two rows are interleaved in 128-bit lanes: their lower halves are the first block of columns.
+      const int bit = (i % 8 / 4 * 16 + i / 8 * 4 + i % 4) * format.bits, code = i & last;
+      shifts[i] = static_cast<uint16_t>(bit % 8);
+      spread[2 * i] = static_cast<uint8_t>(bit / 8), spread[2 * i + 1] = static_cast<uint8_t>(bit / 8 + 1);
+      upper[i] = static_cast<uint16_t>(2 * (format.bits == 5 ? i : i % 16) + 1);
+      values[i / 16][i % 16] = format.affine() ? static_cast<float>(code) : static_cast<float>(kTwiceE2m1[code & 15]);
+    }
+    shifts_ = _mm512_load_si512(shifts), spread_ = _mm512_load_si512(spread), upper_ = _mm512_load_si512(upper);
+    values_[0] = _mm512_load_ps(values[0]), values_[1] = _mm512_load_ps(values[1]);
+  }
+
+  // 32 rows from n on by `columns` columns of one group from k on, a multiple of 32, into their blocks of `panel`.
+  // Fetches what lies `ahead` bytes further: a line of each row at a time is nothing that the hardware foresees.
+  template <int kParts>
+  void Step(const Weight& weight, int64_t n, int64_t k, int64_t columns, int64_t ahead,
+            uint16_t (*panel)[kPlainColumns / kSide][kHalves], int64_t block) const {
+    const TableDequantizer d = *this;  // in registers: see StepUnpacker
+    const int64_t group = k / d.format_.group_size, bits = d.format_.bits;
+    const __mmask64 bytes = FirstBytes(4 * bits);
+    for (int64_t pair = 0; pair < kSide; ++pair) {
+      __m512i tables[2][kParts];
+      const uint8_t* source[2];
+      JAXQ_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const int64_t row = Least(n + 2 * pair + i, weight.rows - 1);
+        source[i] = weight.packed + row * weight.row_bytes + k / 8 * bits;
+        _mm_prefetch(reinterpret_cast<const char*>(source[i] + ahead), _MM_HINT_T1);
+        d.MakeTables<kParts>(weight, row * weight.groups + group, tables[i]);
+      }
+      for (int64_t c = 0; c < columns / 32; ++c) {
+        __m512i codes[2];
+        JAXQ_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          const __m512i line = _mm512_maskz_loadu_epi8(bytes, source[i] + c * 4 * bits);
+          codes[i] = _mm512_srlv_epi16(_mm512_permutexvar_epi8(d.spread_, line), d.shifts_);
+        }
+        JAXQ_UNROLL
+        for (int part = 0; part < kParts; ++part) {
+          const __m512i even = _mm512_permutexvar_epi16(codes[0], tables[0][part]);  // takes the low 5 bits of each
+          const __m512i odd = _mm512_permutexvar_epi16(codes[1], tables[1][part]);
+          auto* out = panel[part] + block + 2 * c;
+          _mm512_store_si512(out[0] + 32 * pair, _mm512_unpacklo_epi16(even, odd));
+          _mm512_store_si512(out[1] + 32 * pair, _mm512_unpackhi_epi16(even, odd));
+        }
+      }
+    }
+  }
+
+ private:
+  // The parts of all codes' values, as often as they fit in a vector.
+  template <int kParts>
+  JAXQ_INLINE void MakeTables(const Weight& weight, int64_t at, __m512i* tables) const {
+    const Affine affine = LoadAffine(format_, weight.scale_dtype, weight.scales, weight.biases, at);
+    const __m512 scale = _mm512_set1_ps(format_.affine() ? affine.scale : 0.5f * affine.scale);
+    const __m512 bias = _mm512_set1_ps(affine.bias);
+    __m512 v[2] = {_mm512_fmadd_ps(values_[0], scale, bias), _mm512_fmadd_ps(values_[1], scale, bias)};
+    JAXQ_UNROLL
+    for (int part = 0; part < kParts; ++part) {
+      const __m512i low = _mm512_castps_si512(v[0]), high = _mm512_castps_si512(v[1]);
+      if (format_.bits == 5)
+        tables[part] = _mm512_permutex2var_epi16(low, upper_, high);
+      else
+        tables[part] = _mm512_permutexvar_epi16(upper_, low);
+      v[0] = _mm512_sub_ps(v[0], CutHalf(v[0])), v[1] = _mm512_sub_ps(v[1], CutHalf(v[1]));
+    }
+  }
+
+  Format format_;
+  __m512i shifts_, spread_, upper_;
+  __m512 values_[2];
+};
+
+// Floats of one pair of blocks of columns, for all pairs of 16 rows of x.
+JAXQ_INLINE int64_t StripSums(int64_t pairs) { return pairs * 4 * kFloats; }
+
 class PlainProduct {
  public:
-  // sums: [pair of 16 rows of x][pair of blocks of columns][4 tiles]
-  PlainProduct(const MatmulArgs& args, const Weight& weight, const PlainX& x, int64_t w_parts, int64_t rows,
-               PlainScratch* scratch, float* sums)
+  // sums: [strip of kPlainColumns][pair of 16 rows of x][pair of blocks of columns][4 tiles]
+  PlainProduct(const MatmulArgs& args, const Weight& weight, const TableDequantizer& tables, const PlainX& x,
+               int64_t w_parts, int64_t rows, PlainScratch* scratch, float* sums)
       : args_(args),
         weight_(weight),
+        tables_(tables),
+        in_tables_(TableDequantizer::Serves(args.format)),
+        span_(in_tables_ ? Least(2, args.format.group_size / (2 * kSide)) : 1),
         x_(x),
         w_parts_(w_parts),
         pairs_(Ceil(rows, 2 * kSide)),
         lone_(rows <= kSide),
         s_(scratch),
-        sums_(sums) {}
+        all_sums_(sums) {}
 
-  // Columns k .. k+count of w.
-  void Run(int64_t k, int64_t count) {
-    k_ = k, count_ = count, blocks_ = Ceil(count, 2 * kSide);
-    std::memset(sums_, 0, static_cast<size_t>(pairs_ * blocks_ * 4 * kFloats) * sizeof(float));
+  // Columns k .. k+width of w.
+  void Run(int64_t k, int64_t width) {
+    const int64_t strip_bytes = kPlainColumns / 8 * weight_.format.bits;
+    std::memset(all_sums_, 0, static_cast<size_t>(Ceil(width, 2 * kSide) * StripSums(pairs_)) * sizeof(float));
     for (first_ = 0; first_ < args_.N; first_ += kPlainRows) {
       const int64_t rows = Least(kPlainRows, args_.N - first_);
       steps_ = Ceil(rows, kStep);
-      Unpack(rows);
-      for (int64_t step = 0; step < steps_; ++step) Dequantize(step, 0);
-      for (int64_t pair = 0; pair < pairs_; ++pair)
-        for (int64_t block = 0; block < blocks_; ++block) Multiply(pair, block);
+      for (int64_t strip = 0; strip < width; strip += kPlainColumns) {
+        k_ = k + strip, count_ = Least(kPlainColumns, width - strip), blocks_ = Ceil(count_, 2 * kSide);
+        sums_ = all_sums_ + strip / (2 * kSide) * StripSums(pairs_);
+        ahead_ = strip + count_ < width ? strip_bytes
+                                        : kPlainRows * weight_.row_bytes - strip / kPlainColumns * strip_bytes;
+        if (!in_tables_) Unpack(rows);
+        for (int64_t step = 0; step < steps_; ++step) Dequantize(step, 0);
+        for (int64_t pair = 0; pair < pairs_; ++pair)
+          for (int64_t block = 0; block < blocks_; ++block) Multiply(pair, block);
+      }
     }
   }
 
@@ -103,8 +203,15 @@ class PlainProduct {
     }
   }
 
-  // One step of a pair of blocks of columns.
+  // One step of span_ pairs of blocks of columns.
   void Dequantize(int64_t step, int64_t pair) const {
+    if (in_tables_) {
+      const int64_t n = first_ + step * kStep, k = k_ + pair * 2 * kSide, columns = Least(span_, blocks_ - pair) * 2 * kSide;
+      auto* panel = s_->panel[step];
+      if (w_parts_ == 1) return tables_.Step<1>(weight_, n, k, columns, ahead_, panel, 2 * pair);
+      if (w_parts_ == 2) return tables_.Step<2>(weight_, n, k, columns, ahead_, panel, 2 * pair);
+      return tables_.Step<3>(weight_, n, k, columns, ahead_, panel, 2 * pair);
+    }
     WithKind(weight_.kind, [&](auto kind) {
       for (int64_t block = 2 * pair; block < 2 * pair + 2; ++block) DequantizeBlock<decltype(kind)::value>(step, block);
     });
@@ -140,23 +247,29 @@ class PlainProduct {
     LoadTile<1>(sums + kFloats);
     LoadTile<2>(sums + 2 * kFloats);
     LoadTile<3>(sums + 3 * kFloats);
+    // Those of the next span are dequantized while this one's pairs of blocks are first multiplied.
+    const int64_t next = (block / span_ + 1) * span_;
     for (int64_t step = 0; step < steps_; ++step) {
-      for (int64_t j = 0; j < w_parts_; ++j) {
-        const auto* w = s_->panel[step][j] + 2 * block;
-        LoadTile<6>(w[0]);
-        LoadTile<7>(w[1]);
-        for (int64_t i = 0; i < Least(x_.parts, 3 - j); ++i) {
-          const uint16_t* x = x_.Tile(pair, first_ / kStep + step, i);
-          LoadTile<4>(x);
-          DotTiles<0, 4, 6>();
-          DotTiles<1, 4, 7>();
-          if (lone_) continue;
-          LoadTile<5>(x + kHalves);
-          DotTiles<2, 5, 6>();
-          DotTiles<3, 5, 7>();
+      int64_t w_part = -1, x_part = -1;
+      for (const auto& parts : kProducts) {
+        if (parts[0] >= w_parts_ || parts[1] >= x_.parts) continue;
+        if (w_part != parts[0]) {
+          const auto* w = s_->panel[step][w_part = parts[0]] + 2 * block;
+          LoadTile<6>(w[0]);
+          LoadTile<7>(w[1]);
         }
+        if (x_part != parts[1]) {
+          const uint16_t* x = x_.Tile(pair, first_ / kStep + step, x_part = parts[1]);
+          LoadTile<4>(x);
+          if (!lone_) LoadTile<5>(x + kHalves);
+        }
+        DotTiles<0, 4, 6>();
+        DotTiles<1, 4, 7>();
+        if (lone_) continue;
+        DotTiles<2, 5, 6>();
+        DotTiles<3, 5, 7>();
       }
-      if (pair == 0 && block + 1 < blocks_) Dequantize(step, block + 1);
+      if (pair == 0 && next < blocks_ && step % span_ == block % span_) Dequantize(step, next);
     }
     StoreTile<0>(sums);
     StoreTile<1>(sums + kFloats);
@@ -164,14 +277,21 @@ class PlainProduct {
     StoreTile<3>(sums + 3 * kFloats);
   }
 
+  // Parts of w and x that are multiplied, in an order in which few operands change.
+  static constexpr int64_t kProducts[6][2] = {{0, 2}, {0, 1}, {0, 0}, {2, 0}, {1, 0}, {1, 1}};
+
   const MatmulArgs& args_;
   const Weight& weight_;
+  const TableDequantizer& tables_;
+  const bool in_tables_;
+  const int64_t span_;  // pairs of blocks of columns that are dequantized together
   const PlainX& x_;
   const int64_t w_parts_, pairs_;
   const bool lone_;  // no second tile of rows
   PlainScratch* const s_;
-  float* const sums_;
-  int64_t k_ = 0, count_ = 0, blocks_ = 0, first_ = 0, steps_ = 0;
+  float* const all_sums_;
+  float* sums_ = nullptr;  // of the strip at hand
+  int64_t k_ = 0, count_ = 0, blocks_ = 0, first_ = 0, steps_ = 0, ahead_ = 0;
 };
 
 // y[m0 : m0+rows, k : k+count] out of PlainProduct's sums.
@@ -188,32 +308,37 @@ void WritePlain(const MatmulArgs& args, int64_t m0, int64_t rows, int64_t k, int
 }
 
 Outcome MatmulPlain(const MatmulArgs& args, const Weight& weight, const Parallel& parallel) {
+  const TableDequantizer tables(args.format);
   const bool tight = args.x_dtype == DType::kF32 || args.N < kPlainLeastTerms;
   const int64_t w_parts = !args.format.affine() ? 1 : tight ? 3 : 2;
   PlainX x = {nullptr, Ceil(args.N, kStep), PartsOf(args.x_dtype)};
   const int64_t tiles = x.steps * x.parts * 2 * kHalves;  // of a pair
   const int64_t fit = Least(Most(1, kPlainPassBytes / (2 * tiles)), kPlainPassRows / (2 * kSide));
   const int64_t pairs = Least(fit, Ceil(args.M, 2 * kSide)), pass = pairs * 2 * kSide;
-  const int64_t sums = pairs * kPlainColumns / (2 * kSide) * 4 * kFloats;
+  const int64_t strip_sums = kPlainColumns / (2 * kSide) * StripSums(pairs);
+  const int64_t fair = Ceil(args.K, kPlainColumns * 4 * parallel.slots());  // every worker should have a few tasks
+  const int64_t strips = Most(1, Least(Least(kPlainStrips, fair), kPlainSums / (4 * strip_sums)));
+  const int64_t width = strips * kPlainColumns, sums = strips * strip_sums;
   const int64_t slot_room = Room<PlainScratch>(1) + Room<float>(sums);
   const Scratch scratch(Room<uint16_t>(pairs * tiles) + parallel.slots() * slot_room);
   if (!scratch.ok()) return Outcome::kNoMemory;
   char* cursor = scratch.data();
   x.tiles = Take<uint16_t>(&cursor, pairs * tiles);
   for (int64_t m0 = 0; m0 < args.M; m0 += pass) {
-    const int64_t rows = Least(pass, args.M - m0);
+    const int64_t rows = Least(pass, args.M - m0), rows_sums = StripSums(Ceil(rows, 2 * kSide));
     parallel.For(x.steps, [&](int64_t step, int) {
       for (int64_t m = 0; m < RoundUp(rows, 2 * kSide); m += kSide)
         PackPlain(args, m0 + m, rows - m, step, x, x.Tile(m / (2 * kSide), step, 0) + m / kSide % 2 * kHalves);
     });
-    parallel.For(Ceil(args.K, kPlainColumns), [&](int64_t task, int slot) {
+    parallel.For(Ceil(args.K, width), [&](int64_t task, int slot) {
       const TileScope tiles_configured;
       char* mine = cursor + slot * slot_room;
       auto* s = Take<PlainScratch>(&mine, 1);
       float* y = reinterpret_cast<float*>(mine);
-      const int64_t k = task * kPlainColumns, count = Least(kPlainColumns, args.K - k);
-      PlainProduct(args, weight, x, w_parts, rows, s, y).Run(k, count);
-      WritePlain(args, m0, rows, k, count, y);
+      const int64_t last = Least(args.K, (task + 1) * width);
+      PlainProduct(args, weight, tables, x, w_parts, rows, s, y).Run(task * width, last - task * width);
+      for (int64_t k = task * width; k < last; k += kPlainColumns, y += kPlainColumns / (2 * kSide) * rows_sums)
+        WritePlain(args, m0, rows, k, Least(kPlainColumns, last - k), y);
     });
   }
   return Outcome::kDone;
