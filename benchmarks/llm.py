@@ -11,7 +11,8 @@ Engines: jaxq; jax-f32 and jax-bf16, the same weights dense in the same code; ml
 and llama-q4_1, which write a GGUF file and run it in llama.cpp through llama-cpp-python. Those not installed are left
 out, by name. `matmuls`: the products of a decoding step alone, each over its own weights, in one program; what a step
 takes beyond them is the rest of the model. `memory`: a process of its own loads the model from a checkpoint, runs the
-prompt and decodes; counted is what it has resident, less what it had after importing JAX and compiling a tiny program.
+prompt and decodes, with the settings of the example's commands; counted is what it has resident, less what it had after
+importing JAX and compiling a tiny program.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from jaxq.lowerings import cpu
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.llm_weights import QWEN3_06B, SPEC, random_tensors, write_gguf
-from examples.llm import measure
+from examples.llm import measure, memory
 from examples.llm.config import from_json
 from examples.llm.load import build, load
 
@@ -209,15 +210,16 @@ def resident_memory(raw: dict[str, Any], tensors: dict[str, Any], args: Any) -> 
 
 
 def memory_of(path: Path, args: Any) -> dict[str, int]:
+    memory.frugal()
     jax.jit(lambda x: x @ x)(jnp.ones((8, 8))).block_until_ready()
-    base = measure.resident()
+    base = memory.resident()
     config, params = load(path)
     runner = measure.Runner(config, params, prompt=args.context, steps=args.steps, dtype=jnp.bfloat16)
     runner.prefill(), runner.decode()
-    measure.release()
-    runner.decode()
+    memory.release()
+    runner.prefill(), runner.decode()
     counted = {"base": base, "weights": measure.nbytes(params), "cache": measure.nbytes(runner.cache)}
-    return counted | {"resident": measure.resident()}
+    return counted | {"resident": memory.resident()}
 
 
 def main() -> int:

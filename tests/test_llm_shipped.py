@@ -39,7 +39,7 @@ def test_model_predicts_files_it_has_not_seen(shipped):
     dense = bits_per_byte(config, params)
     text = bytes(corpus.stream(held_out=True)[1:].astype(np.uint8).tolist())
     assert dense < 8 * len(lzma.compress(text)) / len(text)
-    config, quantized = load(demo.SHIPPED, dtype=jnp.bfloat16, stacked=True, quantizer=quantize_with(4, 64))
+    config, quantized = load(demo.SHIPPED, dtype=jnp.bfloat16, quantizer=quantize_with(4, 64))
     assert jaxq.is_quantized(quantized["embed"])
     assert dense - 0.01 < bits_per_byte(config, quantized) < dense + 0.05
 

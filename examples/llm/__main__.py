@@ -21,7 +21,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from examples.llm import generation, measure, tokenizer
+from examples.llm import generation, measure, memory, tokenizer
 from examples.llm.load import load, quantize_with
 from examples.llm.sampling import Sampling
 
@@ -30,6 +30,7 @@ SHIPPED = Path(__file__).parent / "pystdlib"
 
 def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
+    memory.frugal()
     try:
         return args.run(args)
     except (ValueError, OSError, ImportError) as error:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from examples.llm import model
+from examples.llm import memory, model
 from examples.llm.config import Config
 from examples.llm.sampling import Sampling, choose
 
@@ -106,7 +106,7 @@ def generate(
     token = choose(logits, sampling, jax.random.fold_in(key, len(prompt) - 1))
     tokens = np.asarray(token)[None]
     position = len(prompt)
-    sent = 0
+    sent, first = 0, True
     while True:
         for value in tokens[:, 0].tolist():
             if value in config.eos_ids or sent >= max_tokens:
@@ -119,6 +119,9 @@ def generate(
             config, params, token, cache=cache, position=jnp.int32(position), key=key, count=at_once, sampling=sampling
         )
         token, tokens, position = new[-1], np.asarray(new), position + at_once
+        if first:
+            memory.release()
+            first = False  # both programs are compiled now
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="dtype")

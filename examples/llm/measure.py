@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import dataclasses
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from examples.llm import generation, model
+from examples.llm import generation, memory, model
 from examples.llm.config import Config
 from examples.llm.sampling import Sampling
 
@@ -69,7 +66,7 @@ def speed(config: Config, params: model.Params, *, prompt: int, steps: int, repe
     """Medians over `repeats` runs, after one that compiles."""
     runner = Runner(config, params, prompt=prompt, steps=steps, dtype=dtype)
     runner.prefill(), runner.decode()
-    release()
+    memory.release()
     prefills = [runner.prefill() for _ in range(repeats)]
     decodes = [runner.decode() for _ in range(repeats)]
     return Speed(
@@ -77,24 +74,9 @@ def speed(config: Config, params: model.Params, *, prompt: int, steps: int, repe
         decode=1 / statistics.median(decodes),
         weights=nbytes(params),
         cache=nbytes(runner.cache),
-        resident=resident(),
+        resident=memory.resident(),
     )
 
 
 def nbytes(tree: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-
-
-def release() -> None:
-    """Hand back to the system the freed memory that glibc keeps, of which compiling leaves most."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def resident() -> int:
-    """Bytes of memory that the process holds, files mapped into it included; 0 where the system does not say so."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return 0
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
-    return int(line.split()[1]) * 1024
