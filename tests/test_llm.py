@@ -295,10 +295,13 @@ def test_nucleus_is_the_smallest_set_with_the_mass(top_p):
         assert abs(int((row >= cut).sum()) - smallest) <= 1  # one token of rounding in the float32 sums
 
 
-def test_likeliest_is_the_first_of_the_largest():
-    logits = np.random.default_rng(4).integers(0, 5, (50, 33)).astype(np.float32)
+@pytest.mark.parametrize("size", [3, 33, 96, 256, 1280])
+def test_likeliest_is_the_first_of_the_largest(size):
+    logits = np.random.default_rng(4).integers(0, size // 7 + 2, (50, size)).astype(np.float32)
     np.testing.assert_array_equal(choose(jnp.asarray(logits), Sampling(), jax.random.key(0)), logits.argmax(-1))
-    assert 0 <= int(choose(jnp.full((1, 3), jnp.nan), Sampling(), jax.random.key(0))[0]) < 3
+    logits[:, size // 2] = np.nan
+    chosen = np.asarray(choose(jnp.asarray(logits), Sampling(), jax.random.key(0)))
+    assert ((chosen >= 0) & (chosen < size)).all()
 
 
 def test_top_p_draws_from_the_nucleus_alone():

