@@ -28,12 +28,6 @@ void Fail(const char* isa, const char* what, const Case& c, double ratio) {
               c.transpose ? "transpose" : "plain", (int)c.x_dtype, (int)c.scale_dtype, ratio);
 }
 
-// |got - want| as a fraction of its bound; infinite for a NaN.
-double Ratio(double got, double want, double bound) {
-  const double error = std::fabs(got - want);
-  return error <= bound ? error / bound : error > bound ? error / bound : INFINITY;
-}
-
 double MatmulRatio(int isa, const Case& c, const Parallel& parallel, bool* served) {
   Random random(c.seed);
   const Weights w(&random, c.format, c.N, c.K, c.scale_dtype);
@@ -46,21 +40,7 @@ double MatmulRatio(int isa, const Case& c, const Parallel& parallel, bool* serve
   const uint64_t before = jaxq_cpu_isa_calls(isa);
   if (Matmul(isa, args, parallel) != Outcome::kDone) return INFINITY;
   *served = jaxq_cpu_isa_calls(isa) > before;
-  double worst = 0;
-  const Rounding rounding = RoundingOf(c.x_dtype);
-  for (int64_t m = 0; m < c.M; ++m) {
-    for (int64_t o = 0; o < outer; ++o) {
-      double want = 0, terms = 0;
-      for (int64_t i = 0; i < inner; ++i) {
-        const int64_t at = c.transpose ? o * c.K + i : i * c.K + o;
-        want += x.values[m * inner + i] * w.values[at];
-        terms += std::fabs(x.values[m * inner + i]) * w.sizes[at];
-      }
-      const double bound = (inner + 8) * 0x1p-24 * terms + rounding.relative * std::fabs(want) + rounding.absolute;
-      worst = std::fmax(worst, Ratio(Decode(c.x_dtype, y.get(), m * outer + o), want, bound));
-    }
-  }
-  return worst;
+  return WorstProduct(c.transpose, c.M, c.N, c.K, x.values.data(), w.values.data(), w.sizes.data(), c.x_dtype, y.get());
 }
 
 double DequantizeRatio(int isa, const Case& c, const Parallel& parallel) {
@@ -70,13 +50,7 @@ double DequantizeRatio(int isa, const Case& c, const Parallel& parallel) {
   const DequantizeArgs args = {c.format,       c.N,           c.K,       w.packed.get(), w.scales.get(),
                                w.biases.get(), w.scale_dtype, out.get(), c.x_dtype};
   if (Dequantize(isa, args, parallel) != Outcome::kDone) return INFINITY;
-  const Rounding rounding = RoundingOf(c.x_dtype);
-  double worst = 0;
-  for (int64_t i = 0; i < c.N * c.K; ++i) {
-    const double bound = 2 * 0x1p-24 * w.sizes[i] + rounding.relative * std::fabs(w.values[i]) + rounding.absolute;
-    worst = std::fmax(worst, Ratio(Decode(c.x_dtype, out.get(), i), w.values[i], bound));
-  }
-  return worst;
+  return WorstDequantized(w.values, w.sizes, c.x_dtype, out.get());
 }
 
 // 0 where the bits are those of scalar, else infinite.

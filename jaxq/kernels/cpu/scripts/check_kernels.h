@@ -8,12 +8,23 @@
 
 #include <atomic>
 #include <cmath>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "../dispatch.h"
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#define JAXQ_POISON ASAN_POISON_MEMORY_REGION
+#define JAXQ_UNPOISON ASAN_UNPOISON_MEMORY_REGION
+#else
+#define JAXQ_POISON(at, size)
+#define JAXQ_UNPOISON(at, size)
+#endif
 
 namespace jaxq::cpu::check {
 
@@ -37,25 +48,41 @@ class Random {
   uint64_t state_;
 };
 
-// Memory that ends where a page without access begins.
+// Memory beside a page without access: it ends where that begins, or begins where it ends. What is left of its own
+// pages must stay as it is, and AddressSanitizer is told that nobody has business there.
 class Guarded {
  public:
-  explicit Guarded(int64_t bytes) {
+  enum class Place { kBefore, kAfter };  // the page
+
+  explicit Guarded(int64_t bytes, Place place = Place::kBefore) {
     const int64_t page = sysconf(_SC_PAGESIZE), body = (bytes + page - 1) / page * page;
-    size_ = static_cast<size_t>(body + page);
+    size_ = static_cast<size_t>(body + 2 * page);
     void* base = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (base == MAP_FAILED || mprotect(static_cast<char*>(base) + body, static_cast<size_t>(page), PROT_NONE) != 0)
-      std::abort();
-    base_ = static_cast<uint8_t*>(base), data_ = base_ + body - bytes;
+    if (base == MAP_FAILED) std::abort();
+    base_ = static_cast<uint8_t*>(base);
+    for (uint8_t* guard : {base_, base_ + page + body})
+      if (mprotect(guard, static_cast<size_t>(page), PROT_NONE) != 0) std::abort();
+    rest_size_ = static_cast<size_t>(body - bytes);
+    const bool ends = place == Place::kBefore;
+    data_ = base_ + page + (ends ? body - bytes : 0), rest_ = base_ + page + (ends ? 0 : bytes);
+    JAXQ_POISON(rest_, rest_size_);
   }
-  ~Guarded() { munmap(base_, size_); }
+  ~Guarded() {
+    JAXQ_UNPOISON(rest_, rest_size_);
+    for (size_t i = 0; i < rest_size_; ++i) {
+      if (rest_[i] == 0) continue;
+      std::fprintf(stderr, "FAILED: a write outside of a buffer\n");
+      std::abort();
+    }
+    munmap(base_, size_);
+  }
   Guarded(const Guarded&) = delete;
   Guarded& operator=(const Guarded&) = delete;
   uint8_t* get() const { return data_; }
 
  private:
-  uint8_t *base_, *data_;
-  size_t size_;
+  uint8_t *base_, *data_, *rest_;
+  size_t size_, rest_size_;
 };
 
 inline double DecodeMini(uint32_t code, int exponent_bits, int mantissa_bits, int bias) {
@@ -184,6 +211,44 @@ struct Rounding {
 inline Rounding RoundingOf(DType dtype) {
   if (dtype == DType::kF32) return {0x1p-24, 0x1p-149};
   return dtype == DType::kF16 ? Rounding{0x1p-11, 0x1p-25} : Rounding{0x1p-8, 0x1p-133};
+}
+
+// |got - want| as a fraction of its bound; infinite for a NaN.
+inline double Ratio(double got, double want, double bound) {
+  const double error = std::fabs(got - want);
+  return error <= bound || error > bound ? error / bound : INFINITY;
+}
+
+// The worst ratio of y against x by w in float64; `sizes` are Weights', bounds those of tests/test_cpu_kernels.py.
+inline double WorstProduct(bool transpose, int64_t M, int64_t N, int64_t K, const double* x, const double* w,
+                           const double* sizes, DType dtype, const uint8_t* y) {
+  const int64_t inner = transpose ? K : N, outer = transpose ? N : K;
+  const Rounding rounding = RoundingOf(dtype);
+  double worst = 0;
+  for (int64_t m = 0; m < M; ++m) {
+    for (int64_t o = 0; o < outer; ++o) {
+      double want = 0, terms = 0;
+      for (int64_t i = 0; i < inner; ++i) {
+        const int64_t at = transpose ? o * K + i : i * K + o;
+        want += x[m * inner + i] * w[at];
+        terms += std::fabs(x[m * inner + i]) * sizes[at];
+      }
+      const double bound = (inner + 8) * 0x1p-24 * terms + rounding.relative * std::fabs(want) + rounding.absolute;
+      worst = std::fmax(worst, Ratio(Decode(dtype, y, m * outer + o), want, bound));
+    }
+  }
+  return worst;
+}
+
+inline double WorstDequantized(const std::vector<double>& w, const std::vector<double>& sizes, DType dtype,
+                               const uint8_t* out) {
+  const Rounding rounding = RoundingOf(dtype);
+  double worst = 0;
+  for (size_t i = 0; i < w.size(); ++i) {
+    const double bound = 2 * 0x1p-24 * sizes[i] + rounding.relative * std::fabs(w[i]) + rounding.absolute;
+    worst = std::fmax(worst, Ratio(Decode(dtype, out, static_cast<int64_t>(i)), w[i], bound));
+  }
+  return worst;
 }
 
 class Threads final : public Parallel {

@@ -19,6 +19,8 @@ root=$(aarch64-linux-gnu-g++ -print-sysroot)
 [ -d "$root/lib" ] && [ "$root" != / ] || root=/usr/aarch64-linux-gnu
 isas=neon,neon_dotprod,neon_i8mm,neon_bf16
 qemu-aarch64 -cpu max -L "$root" "$build/check_kernels" --only $isas --require $isas "$@"
+qemu-aarch64 -L "$root" "$build/check_repack"
+qemu-aarch64 -cpu max -L "$root" "$build/fuzz_handlers" --seconds 15
 # A CPU of 2012: what it lacks must be found out, not run.
 isas=neon_dotprod
 [ "${1:-}" = --quick ] || isas=neon,neon_dotprod
