@@ -218,7 +218,8 @@ ffi::Error MatmulHandler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer 
     std::memset(y->untyped_data(), 0, y->size_bytes());
     return ffi::Error::Success();
   }
-  return Finish(kOp, RunBatch(common.isa, args, batch, weight, x, *y, PoolParallel(pool)));
+  const PoolParallel parallel(pool, args.M * args.N * args.K);
+  return Finish(kOp, RunBatch(common.isa, args, batch, weight, x, *y, parallel));
 } catch (const std::bad_alloc&) {
   return Finish("quantized_matmul", Outcome::kNoMemory);
 }

@@ -8,6 +8,9 @@
 namespace jaxq::cpu {
 namespace {
 
+// To wake a helper costs the caller some microseconds, in which it does this much itself.
+constexpr int64_t kAlone = 1 << 18;
+
 // Shared with the helpers, which may start after Run has returned: they then find no task left, and touch nothing else.
 struct Job {
   std::atomic<int64_t> next{0};
@@ -34,8 +37,9 @@ void Relax() {
 
 }  // namespace
 
-PoolParallel::PoolParallel(xla::ffi::ThreadPool& pool)
-    : pool_(pool), slots_(static_cast<int>(std::clamp<int64_t>(pool.num_threads(), 1, 1024))) {}
+PoolParallel::PoolParallel(xla::ffi::ThreadPool& pool, int64_t work)
+    : pool_(pool),
+      slots_(work <= kAlone ? 1 : static_cast<int>(std::clamp<int64_t>(pool.num_threads(), 1, 1024))) {}
 
 void PoolParallel::Run(int64_t tasks, Task task, void* context) const {
   const int64_t helpers = std::min<int64_t>(slots_ - 1, tasks - 1);

@@ -11,7 +11,8 @@ namespace jaxq::cpu {
 // is busy, or it is the caller's own) costs nothing. Safe from any number of threads at once.
 class PoolParallel final : public Parallel {
  public:
-  explicit PoolParallel(xla::ffi::ThreadPool& pool);
+  // `work` is what there is to do in all, in multiplications or the like: a little is done by the caller alone.
+  explicit PoolParallel(xla::ffi::ThreadPool& pool, int64_t work = INT64_MAX);
   int slots() const override { return slots_; }
   void Run(int64_t tasks, Task task, void* context) const override;
 
