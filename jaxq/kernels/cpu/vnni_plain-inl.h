@@ -96,6 +96,7 @@ void MultiplyHeight(int64_t height, const uint8_t* codes, int64_t quads, const P
 struct SpanOfRows {
   const uint8_t* w;
   int64_t row_bytes, count, columns;
+  SpanBytes bytes;
 };
 
 // One row of x by a span of kGroups groups; adds to y[kSpan].
@@ -110,7 +111,7 @@ JAXQ_INLINE void MultiplySpan(const Quads& load, SpanOfRows span, const PlainScr
   for (; span.count > 0; span.count -= 4, span.w += 4 * span.row_bytes, word += 4) {
     __m512i codes[kSpanVectors];
     next->Next(load.bits());
-    load(span.w, span.row_bytes, span.count, span.columns, codes);
+    load(span.w, span.row_bytes, span.count, span.bytes, codes);
     JAXQ_UNROLL
     for (int v = 0; v < kSpanVectors; ++v)
       JAXQ_UNROLL
@@ -175,7 +176,7 @@ class PlainProduct {
       next.scales.Next(Ceil(next.scale_lines, spans));
       next.biases.Next(Ceil(next.scale_lines, spans));
       const uint8_t* w = weight_.packed + n * weight_.row_bytes + (k + column) / 8 * bits;
-      const SpanOfRows span = {w, weight_.row_bytes, count, columns};
+      const SpanOfRows span = {w, weight_.row_bytes, count, columns, load_.Bytes(columns)};
       if (!(rows_ <= kSingleRows ? Single(span, in_strip, &next.codes, y + column, stride)
                                  : Panel(span, in_strip, &next.codes, y + column, stride)))
         return false;
@@ -237,7 +238,7 @@ class PlainProduct {
     for (int64_t q = 0; q < quads; ++q) {
       __m512i codes[kSpanVectors];
       next->Next(load_.bits());
-      load_(span.w + 4 * q * span.row_bytes, span.row_bytes, span.count - 4 * q, span.columns, codes);
+      load_(span.w + 4 * q * span.row_bytes, span.row_bytes, span.count - 4 * q, span.bytes, codes);
       JAXQ_UNROLL
       for (int v = 0; v < kSpanVectors; ++v) _mm512_store_si512(s_->codes[v / 2][q][v % 2], codes[v]);
     }

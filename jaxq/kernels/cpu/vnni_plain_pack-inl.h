@@ -27,6 +27,10 @@ JAXQ_INLINE void Interleave(const __m512i* a, __m512i* out) {
   out[2] = _mm512_unpacklo_epi16(high01, high23), out[3] = _mm512_unpackhi_epi16(high01, high23);
 }
 
+struct SpanBytes {
+  __mmask64 half[2];
+};
+
 // kSpan columns of four rows as 8 vectors of 16 columns.
 //
 // Nibbles in groups of 32 and more: vectors 2u and 2u+1 have the even and the odd ones of columns 32u .. 32u+31, which
@@ -53,16 +57,22 @@ class ColumnQuads {
 
   JAXQ_INLINE int bits() const { return kNibbles ? 4 : bits_; }
 
-  // Four rows from `w` on, which are `row_bytes` apart; only `count` of them exist, and the last is repeated. `columns` of
-  // the columns exist; the others are zeros.
-  JAXQ_INLINE void operator()(const uint8_t* w, int64_t row_bytes, int64_t count, int64_t columns, __m512i* out) const {
+  // Which bytes of a row hold codes of the first `columns` of a span: in vectors of nibbles, or of 64 codes.
+  JAXQ_INLINE SpanBytes Bytes(int64_t columns) const {
+    if constexpr (kNibbles) return {{FirstBytes(columns / 2), 0}};
+    return {{FirstBytes(Least(64, columns) / 8 * bits_), FirstBytes(Most(0, columns - 64) / 8 * bits_)}};
+  }
+
+  // Four rows from `w` on, which are `row_bytes` apart; only `count` of them exist, and the last is repeated. Columns that
+  // `mask` has not are zeros.
+  JAXQ_INLINE void operator()(const uint8_t* w, int64_t row_bytes, int64_t count, SpanBytes mask, __m512i* out) const {
     const uint8_t* row[4] = {w};
     for (int i = 1; i < 4; ++i) row[i] = row[i - 1] + (i < count ? row_bytes : 0);
     __m512i bytes[4];
     if constexpr (kNibbles) {
       JAXQ_UNROLL
       for (int r = 0; r < 4; ++r) {
-        const __m512i line = _mm512_maskz_loadu_epi8(FirstBytes(columns / 2), row[r]);
+        const __m512i line = _mm512_maskz_loadu_epi8(mask.half[0], row[r]);
         bytes[r] = _mm512_permutexvar_epi32(words_, line);
       }
       __m512i pairs[4];
@@ -75,10 +85,9 @@ class ColumnQuads {
     } else {
       JAXQ_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const __mmask64 mask = FirstBytes(Most(0, Least(64, columns - 64 * half)) / 8 * bits_);
         JAXQ_UNROLL
         for (int r = 0; r < 4; ++r) {
-          const __m512i line = _mm512_maskz_loadu_epi8(mask, row[r] + half * 8 * bits_);
+          const __m512i line = _mm512_maskz_loadu_epi8(mask.half[half], row[r] + half * 8 * bits_);
           const __m512i lots = _mm512_permutexvar_epi8(spread_, line);
           bytes[r] = _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts_, lots), mask_);
         }
