@@ -9,6 +9,8 @@
 
 #include "check_kernels.h"
 
+#include "check_attention.h"
+
 #include <cstdio>
 #include <cstdlib>
 
@@ -180,9 +182,18 @@ void CheckIsa(int isa, bool quick) {
     }
   }
   if (!(accuracy <= 4) && ++failures) std::printf("FAILED %s: %g times the error of a float32 dot\n", name, accuracy);
+  double attention = 0;
+  for (const AttentionCase& c : AttentionCases(quick)) {
+    const double ratio = AttentionRatio(isa, c);
+    if (!(ratio <= 1) && ++failures)
+      std::printf("FAILED %s: attention of %lld heads of %lld over %lld, dtype %d: %.3g of the bound\n", name,
+                  (long long)c.heads, (long long)c.dim, (long long)c.length(), (int)c.dtype, ratio);
+    attention = std::fmax(attention, ratio);
+  }
   std::printf(
-      "%-14s %5lld products (%lld its own), worst %.2f of the bound; dequantize %.2f; error %.2f of float32's\n", name,
-      (long long)cases, (long long)served_cases, worst, worst_dequantize, accuracy);
+      "%-14s %5lld products (%lld its own), worst %.2f of the bound; dequantize %.2f; attention %.2f; error %.2f of "
+      "float32's\n",
+      name, (long long)cases, (long long)served_cases, worst, worst_dequantize, attention, accuracy);
   std::fflush(stdout);
 }
 

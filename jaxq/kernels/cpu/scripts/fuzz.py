@@ -89,13 +89,60 @@ class Call:
         return [np.asarray(a) for a in out]
 
 
-def agree(call: Call, ours: list[np.ndarray], theirs: list[np.ndarray]) -> bool:
+class Attention:
+    """A call of the handler for attention over a cache, in the form of `Call`."""
+
+    op = "cached_attention"
+
+    def __init__(self, rng: np.random.Generator):
+        batch, tokens, groups, repeat, layers = (int(rng.integers(1, end)) for end in (3, 20, 4, 9, 4))
+        dim, position = (1, 8, 16, 24, 64, 128)[rng.integers(6)], int(rng.integers(0, 600))
+        dtype, cache_dtype = DTYPES[rng.integers(3)], DTYPES[rng.integers(3)]
+        shapes = [(batch, tokens, groups * repeat, dim), *[(batch, tokens, groups, dim)] * 2]
+        self.operands = [rng.standard_normal(shape).astype(dtype) for shape in shapes]
+        cache = (layers, batch, groups, position + tokens + int(rng.integers(0, 3)), dim)
+        self.operands += [rng.standard_normal(cache).astype(cache_dtype) for _ in range(2)]
+        self.operands += [np.int32(rng.integers(layers)), np.int32(position)]
+        self.results = [(shapes[0], dtype), *[(cache, cache_dtype)] * 2]
+
+    def spoil(self, rng: np.random.Generator) -> bool:
+        which, place = rng.integers(6), int(rng.integers(5))
+        operand = self.operands[place]
+        if which == 0:
+            self.operands[place] = np.zeros((*operand.shape[:-1], operand.shape[-1] + 1), operand.dtype)
+        elif which == 1:
+            self.operands[place] = np.zeros(operand.shape, np.int16)
+        elif which == 2:
+            shape, dtype = self.results[0]
+            self.results[0] = ((*shape[:-1], shape[-1] + 1), dtype)
+        elif which == 3:
+            self.operands[5] = np.int32((-1, self.operands[3].shape[0], 2**31 - 1, -(2**31))[rng.integers(4)])
+        elif which == 4:
+            past = self.operands[3].shape[3] - self.operands[0].shape[1] + 1
+            self.operands[6] = np.int32((-1, past, 2**31 - 1, -(2**31))[rng.integers(4)])
+        else:
+            self.operands[place] = operand.reshape(-1)
+        return True
+
+    def __str__(self) -> str:
+        shapes = ", ".join(f"{a.dtype}{list(a.shape)}" for a in self.operands)
+        return f"{self.op} of {shapes} -> {self.results}, layer and position {self.operands[5:]}"
+
+    def run(self, isa: str) -> list[np.ndarray]:
+        results = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in self.results]
+        call = jax.ffi.ffi_call("fuzz_jaxq_cached_attention_cpu", results, input_output_aliases={3: 1, 4: 2})
+        return [np.asarray(a) for a in call(*self.operands, scale=np.float32(0.3), isa=isa)]
+
+
+def agree(call: Call | Attention, ours: list[np.ndarray], theirs: list[np.ndarray]) -> bool:
     """Bits where whole numbers or conversions are due; for products, errors of the size of float32's.
 
     Contents are random bits, so scales may be NaN, infinite or huge: a product is compared where both are finite, with
     a bound of 1e-3 of the largest result, which catches a wrong index and forgives cancellation.
     """
-    if call.op != "quantized_matmul":
+    if call.op == "cached_attention" and not all(map(np.array_equal, ours[1:], theirs[1:])):
+        return False
+    if call.op in ("quantize", "dequantize"):
         return all(
             np.array_equal(a.view(np.uint8), b.view(np.uint8)) or _same(a, b) for a, b in zip(ours, theirs, strict=True)
         )
@@ -119,7 +166,7 @@ def fuzz(library: ctypes.CDLL, seconds: float, seed: int) -> None:
     isas = [name for name, missing in kernels.isas(library).items() if missing is None]
     rng, right, wrong, end = np.random.default_rng(seed), 0, 0, time.monotonic() + seconds
     while time.monotonic() < end:
-        call, isa = Call(rng), isas[rng.integers(len(isas))]
+        call, isa = (Call, Attention)[rng.random() < 0.25](rng), isas[rng.integers(len(isas))]
         if rng.random() < 1 / 3:
             # XLA drops a call whose result is empty, so nobody sees what is wrong with it.
             if not call.spoil(rng) or any(0 in shape for shape, _ in call.results):
