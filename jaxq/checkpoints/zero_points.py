@@ -87,8 +87,8 @@ class Layer:
         scales, words = self.parts["scales"].read(), self.parts["qzeros"].read()
         repeats, outputs = self.group_size // self.spec.group_size, scales.shape[1]
         if repack.available():
-            options = {"bits": self.bits, "order": order, "less": less, "repeats": repeats}
-            self._check_kept(repack.groups(scales, words, out, **options), out[0].dtype, exact)
+            kept = repack.groups(scales, words, out, bits=self.bits, order=order, less=less, repeats=repeats)
+            self._check_kept(kept, out[0].dtype, exact)
             return
         zeros = unpack(words)
         step = max(_FLOATS_AT_A_TIME // len(scales), 1)
