@@ -360,3 +360,6 @@ def test_gguf_vocabulary_cuts_and_merges_like_the_same_tokenizer():
     assert "".join(words.stream(words.encode(text))) == text
     with pytest.raises(ValueError, match="vocabulary 'llama'"):
         tokenizer.from_gguf({"tokenizer.ggml.model": "llama"})
+    contradicting = {"model": "gpt2", "pre": "qwen2", "tokens": ["t0", "t1"], "merges": ["t 0"]}
+    with pytest.raises(ValueError, match=r"the file's vocabulary can't be used: .*`t`"):
+        tokenizer.from_gguf({f"tokenizer.ggml.{key}": value for key, value in contradicting.items()})

@@ -95,7 +95,7 @@ def from_gguf(metadata: Mapping[str, Any]) -> Fast:
     Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 
     Raises:
-      ValueError: another kind of vocabulary, or a way of cutting text that is not known.
+      ValueError: another kind of vocabulary, one that contradicts itself, or a way of cutting text that is not known.
     """
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if kind != "gpt2" or pre not in _DIGITS:
@@ -106,7 +106,11 @@ def from_gguf(metadata: Mapping[str, Any]) -> Fast:
     lib = _tokenizers()
     tokens = [str(token) for token in metadata["tokenizer.ggml.tokens"]]
     merges = [tuple(str(merge).split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
-    tokenizer = lib.Tokenizer(lib.models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
+    try:
+        bpe = lib.models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges)
+    except Exception as error:  # the package raises nothing narrower
+        raise ValueError(f"tokenizer.from_gguf: the file's vocabulary can't be used: {error}") from None
+    tokenizer = lib.Tokenizer(bpe)
     cut = lib.pre_tokenizers.Split(lib.Regex(_PATTERN.format(digits=_DIGITS[pre])), behavior="isolated")
     to_bytes = lib.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = lib.pre_tokenizers.Sequence([cut, to_bytes])
