@@ -5,7 +5,8 @@
 # of this machine; the repacking of checkpoints; 1e5 random calls, right and wrong ones, of the handlers
 # (fuzz_handlers.cc); then random calls through XLA (fuzz.py), and 1e5 calls of the library as it is installed, whose
 # memory must not grow.
-# thread: ThreadSanitizer over the handlers on thread pools of every temper (check_threads.cc), and the table of cases.
+# thread: ThreadSanitizer over the handlers on thread pools of every temper (check_threads.cc), over the same random
+# calls, and over the table of cases.
 # --quick: fewer cases, and seconds instead of 1e5 random calls.
 #
 # Needs Linux, cmake, a C++ compiler with the sanitizers' libraries, and a Python with jaxlib (PYTHON=...). Exits with
@@ -40,8 +41,13 @@ cmake -S "$here" -B "$build" -DJAXQ_SANITIZE="$flags" -DJAXQ_CHECK=ON -DJAXQ_EMU
 cmake --build "$build" --parallel "$(nproc)"
 run() { echo "-- $*"; "$@"; }
 
+amount=(--calls 100000)
+seconds=60
+if [ ${#quick[@]} != 0 ]; then amount=(--seconds 10) seconds=10; fi
+
 if [ "$kind" = thread ]; then
   run "$build/check_threads" "${quick[@]}"
+  run "$build/fuzz_handlers" "${amount[@]}"
   [ ${#quick[@]} != 0 ] || run "$build/check_kernels" --quick
   exit
 fi
@@ -52,9 +58,6 @@ export ASAN_OPTIONS=detect_stack_use_after_return=0:detect_leaks=1 UBSAN_OPTIONS
 run "$build/check_kernels" "${quick[@]}"
 run "$build/check_repack"
 run "$build/check_threads" --quick
-amount=(--calls 100000)
-seconds=60
-if [ ${#quick[@]} != 0 ]; then amount=(--seconds 10) seconds=10; fi
 run "$build/fuzz_handlers" "${amount[@]}"
 # Python itself keeps memory until it ends, so leaks are looked for otherwise. libstdc++ comes along, since the
 # sanitizer looks for what throws before the library brings it.
