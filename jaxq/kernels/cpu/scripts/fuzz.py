@@ -102,7 +102,7 @@ class Attention:
         self.operands = [rng.standard_normal(shape).astype(dtype) for shape in shapes]
         cache = (layers, batch, groups, position + tokens + int(rng.integers(0, 3)), dim)
         self.operands += [rng.standard_normal(cache).astype(cache_dtype) for _ in range(2)]
-        self.operands += [np.int32(rng.integers(layers)), np.int32(position)]
+        self.operands += [np.array(rng.integers(layers), np.int32), np.array(position, np.int32)]
         self.results = [(shapes[0], dtype), *[(cache, cache_dtype)] * 2]
 
     def spoil(self, rng: np.random.Generator) -> bool:
@@ -116,10 +116,10 @@ class Attention:
             shape, dtype = self.results[0]
             self.results[0] = ((*shape[:-1], shape[-1] + 1), dtype)
         elif which == 3:
-            self.operands[5] = np.int32((-1, self.operands[3].shape[0], 2**31 - 1, -(2**31))[rng.integers(4)])
+            self.operands[5] = np.array((-1, self.operands[3].shape[0], 2**31 - 1, -(2**31))[rng.integers(4)], np.int32)
         elif which == 4:
             past = self.operands[3].shape[3] - self.operands[0].shape[1] + 1
-            self.operands[6] = np.int32((-1, past, 2**31 - 1, -(2**31))[rng.integers(4)])
+            self.operands[6] = np.array((-1, past, 2**31 - 1, -(2**31))[rng.integers(4)], np.int32)
         else:
             self.operands[place] = operand.reshape(-1)
         return True
@@ -203,13 +203,13 @@ def leaks() -> None:
     ):
         extra = {"transpose": True} if op == "quantized_matmul" else {}
         call = functools.partial(jax.ffi.ffi_call(f"fuzz_jaxq_{op}_cpu", result), **attributes, **extra)
-        operands = [jax.numpy.asarray(operand) for operand in operands]
-        programs.append((jax.jit(call).lower(*operands).compile(), operands))
+        arrays = [jax.numpy.asarray(operand) for operand in operands]
+        programs.append((jax.jit(call).lower(*arrays).compile(), arrays))
     peaks = []
     for _ in range(4):
         for i in range(25_000):
-            program, operands = programs[i % len(programs)]
-            jax.block_until_ready(program(*operands))
+            program, arrays = programs[i % len(programs)]
+            jax.block_until_ready(program(*arrays))
         peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     grown = np.diff(peaks)
     print(f"leaks: 1e5 calls; after the first quarter the process grew by {grown.tolist()} KiB in the others")
