@@ -20,11 +20,13 @@ constexpr int64_t kFewRows = 4;
 // ---- transpose=True, few rows
 
 constexpr int64_t kDotBlock = 1024;  // codes at a time
-constexpr int64_t kDotRows = 2;      // rows of w at a time
+constexpr int64_t kDotAhead = 8192;  // bytes of w from what is read to what is fetched: the time that memory takes
+// Rows of w at a time: sums that do not wait for each other, four at least, as long as an addition takes.
+constexpr int64_t DotRowsAtATime(int m) { return m == 1 ? 4 : 2; }
 constexpr int64_t kDotTask = 32;     // rows of w per task
 
 struct DotScratch {
-  uint8_t codes[kDotRows][kDotBlock + 64];
+  uint8_t codes[DotRowsAtATime(1)][kDotBlock + 64];
   float scales[kDotBlock / 16], biases[kDotBlock / 16];
 };
 
@@ -37,13 +39,14 @@ JAXQ_INLINE F DotGroups(const float* a, const float* b, int64_t count, F sum) {
   return Add(sum, Load(rest));
 }
 
-// kM rows of x by rows n .. n+rows of w (kDotRows at most). x: float[kM, K], xsum: float[kM, G].
+// kM rows of x by rows n .. n+rows of w (DotRowsAtATime(kM) at most). x: float[kM, K], xsum: float[kM, G].
 template <Kind kKind, int kM>
 void DotBlock(const MatmulArgs& args, const Weight& weight, int64_t n, int64_t rows, const float* x, const float* xsum,
-              int64_t m0, DotScratch* scratch) {
+              DotScratch* scratch) {
+  constexpr int64_t kRows = DotRowsAtATime(kM);
   const int64_t g = weight.format.group_size, per_block = kDotBlock / g, groups = weight.groups, K = weight.length;
-  float scales[kDotRows][kDotBlock / 16];
-  F totals[kDotRows][kM];
+  float scales[kRows][kDotBlock / 16];
+  F totals[kRows][kM];
   JAXQ_UNROLL
   for (auto& row : totals)
     JAXQ_UNROLL
@@ -51,8 +54,11 @@ void DotBlock(const MatmulArgs& args, const Weight& weight, int64_t n, int64_t r
   for (int64_t group = 0; group < groups; group += per_block) {
     const int64_t count = Least(per_block, groups - group);
     JAXQ_UNROLL
-    for (int64_t r = 0; r < kDotRows; ++r) {
+    for (int64_t r = 0; r < kRows; ++r) {
       const int64_t row = n + Least(r, rows - 1);
+      const int64_t group_bytes = g / 8 * weight.format.bits;
+      const uint8_t* ahead = weight.packed + row * weight.row_bytes + group * group_bytes + kDotAhead;
+      for (int64_t i = 0; i < count * group_bytes; i += 64) __builtin_prefetch(ahead + i, 0, 2);
       weight.Codes(row, group * g, count * g, scratch->codes[r]);
       weight.Scales(row, group, count, scales[r]);
       if (!weight.format.affine()) continue;
@@ -62,7 +68,7 @@ void DotBlock(const MatmulArgs& args, const Weight& weight, int64_t n, int64_t r
         totals[r][m] = DotGroups(scratch->biases, xsum + m * groups + group, count, totals[r][m]);
     }
     for (int64_t j = 0; j < count; ++j) {
-      F sums[kDotRows][kM];
+      F sums[kRows][kM];
       JAXQ_UNROLL
       for (auto& row : sums)
         JAXQ_UNROLL
@@ -70,43 +76,30 @@ void DotBlock(const MatmulArgs& args, const Weight& weight, int64_t n, int64_t r
       const float* xg = x + (group + j) * g;
       for (int64_t i = 0; i < g; i += kLanes) {
         JAXQ_UNROLL
-        for (int64_t r = 0; r < kDotRows; ++r) {
+        for (int64_t r = 0; r < kRows; ++r) {
           const F values = Values<kKind>(scratch->codes[r] + j * g + i);
           JAXQ_UNROLL
           for (int m = 0; m < kM; ++m) sums[r][m] = Fma(values, Load(xg + m * K + i), sums[r][m]);
         }
       }
       JAXQ_UNROLL
-      for (int64_t r = 0; r < kDotRows; ++r)
+      for (int64_t r = 0; r < kRows; ++r)
         JAXQ_UNROLL
         for (int m = 0; m < kM; ++m) totals[r][m] = Fma(sums[r][m], Set1(scales[r][j]), totals[r][m]);
     }
   }
   for (int64_t r = 0; r < rows; ++r)
     JAXQ_UNROLL
-    for (int m = 0; m < kM; ++m) StoreAs(args.x_dtype, args.y, (m0 + m) * args.N + n + r, Sum(totals[r][m]));
+    for (int m = 0; m < kM; ++m) StoreAs(args.x_dtype, args.y, m * args.N + n + r, Sum(totals[r][m]));
 }
 
-template <Kind kKind>
+template <Kind kKind, int kM>
 void DotRows(const MatmulArgs& args, const Weight& weight, int64_t first, int64_t last, const float* x,
              const float* xsum) {
+  constexpr int64_t kRows = DotRowsAtATime(kM);
   DotScratch scratch;
-  for (int64_t n = first; n < last; n += kDotRows) {
-    const int64_t rows = Least(kDotRows, last - n);
-    switch (args.M) {
-      case 1:
-        DotBlock<kKind, 1>(args, weight, n, rows, x, xsum, 0, &scratch);
-        break;
-      case 2:
-        DotBlock<kKind, 2>(args, weight, n, rows, x, xsum, 0, &scratch);
-        break;
-      case 3:
-        DotBlock<kKind, 3>(args, weight, n, rows, x, xsum, 0, &scratch);
-        break;
-      default:
-        DotBlock<kKind, 4>(args, weight, n, rows, x, xsum, 0, &scratch);
-    }
-  }
+  for (int64_t n = first; n < last; n += kRows)
+    DotBlock<kKind, kM>(args, weight, n, Least(kRows, last - n), x, xsum, &scratch);
 }
 
 Outcome MatmulDot(const MatmulArgs& args, const Weight& weight, const Parallel& parallel) {
@@ -124,7 +117,13 @@ Outcome MatmulDot(const MatmulArgs& args, const Weight& weight, const Parallel& 
   }
   parallel.For(Ceil(args.N, kDotTask), [&](int64_t task, int) {
     const int64_t first = task * kDotTask, last = Least(args.N, first + kDotTask);
-    WithKind(weight.kind, [&](auto kind) { DotRows<decltype(kind)::value>(args, weight, first, last, x, xsum); });
+    WithKind(weight.kind, [&](auto kind) {
+      constexpr Kind k = decltype(kind)::value;
+      if (args.M == 1) DotRows<k, 1>(args, weight, first, last, x, xsum);
+      if (args.M == 2) DotRows<k, 2>(args, weight, first, last, x, xsum);
+      if (args.M == 3) DotRows<k, 3>(args, weight, first, last, x, xsum);
+      if (args.M == 4) DotRows<k, 4>(args, weight, first, last, x, xsum);
+    });
   });
   return Outcome::kDone;
 }
