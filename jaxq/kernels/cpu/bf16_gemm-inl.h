@@ -14,8 +14,6 @@ namespace JAXQ_ISA {
 namespace {
 
 constexpr int64_t kPairTile = 6;  // rows of x in registers: 6 x 2 vectors of a group's sums, and as many of results
-constexpr int64_t kBf16FewRows = 3;
-
 // Pairs of bfloat16 from bytes of codes: the low and the high two of each quad.
 class PairDecoder {
  public:
@@ -224,7 +222,7 @@ class Bf16Product {
 };
 
 Outcome MatmulBf16(const MatmulArgs& args, const Parallel& parallel) {
-  if (!args.transpose || args.M <= kBf16FewRows || args.x_dtype != DType::kBF16) return Outcome::kDeclined;
+  if (!args.transpose || args.M <= FewRows(args.format) || args.x_dtype != DType::kBF16) return Outcome::kDeclined;
   const Weight weight(args, args.N, args.K);
   return Bf16Product(args, weight, parallel).Run();
 }

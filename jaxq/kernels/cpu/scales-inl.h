@@ -1,4 +1,4 @@
-// Scales, biases and results in AVX-512 registers, up to 16 at a time.
+// Scales, biases and results in AVX-512 registers, up to 16 at a time; and what the products of x agree on.
 
 #ifndef JAXQ_KERNELS_CPU_SCALES_INL_H_
 #define JAXQ_KERNELS_CPU_SCALES_INL_H_
@@ -8,6 +8,13 @@
 namespace jaxq::cpu {
 namespace JAXQ_ISA {
 namespace {
+
+// Up to so many rows of x are multiplied row by row (vnni_dot-inl.h), for what panels cost is not made up for before.
+// Codes that come two or more to a byte are multiplied so at less cost for each.
+JAXQ_INLINE int64_t FewRows(const Format& format) {
+  if (format.mode == Mode::kMxfp8) return 3;
+  return format.bits <= 4 ? 8 : 4;
+}
 
 JAXQ_INLINE __mmask16 FirstLanes(int64_t count) { return static_cast<__mmask16>((1 << Least(count, 16)) - 1); }
 

@@ -1,4 +1,4 @@
-// Few rows of x by a weight of integer codes, transpose=True, with VNNI: a block of w at a time against the digits of x,
+// Few rows of x by a weight of integer codes, transpose=True, with VNNI: a block of w at a time by the digits of x,
 // which lie in the order in which the codes come out of the block.
 //
 // Codes of 2, 4 and 8 bits: byte j of a block holds codes j*P .. j*P+P-1, P = 8/bits; plane p (shift by p*bits, mask)
@@ -13,19 +13,13 @@
 #define JAXQ_KERNELS_CPU_VNNI_DOT_INL_H_
 
 #include "digits-inl.h"
+#include "runs-inl.h"
 #include "scales-inl.h"
 
 namespace jaxq::cpu {
 namespace JAXQ_ISA {
 namespace {
 
-constexpr int64_t kVnniFewRows = 3;
-constexpr int64_t kVnniTask = 32;  // rows of w per task, or a multiple
-// Tasks are as long as an even share-out allows, for what is fetched ahead must be what the same thread comes to next.
-constexpr int64_t kTasksPerSlot = 8;
-// Bytes of w from what is read to what is fetched, into the second-level cache: the time that memory takes to answer.
-// Rows are too short, and too many at a time, for the hardware to see where they lead.
-constexpr int64_t kAhead = 16384;
 constexpr int64_t kChunk = 16;  // groups whose scales are in a register at a time
 
 template <DType kDType>
@@ -50,6 +44,11 @@ struct DotX {
   int64_t blocks, groups;
 
   int64_t padded_groups() const { return RoundUp(groups, kChunk); }
+  template <int kBits>
+  DotX From(int64_t m) const {
+    const int64_t floats = m * padded_groups();
+    return {digits + m * blocks * DotShape<kBits>::kDigitBytes, units + floats, sums + floats, blocks, groups};
+  }
 };
 
 // 64*kPlanes bytes -> planes of 64: plane p has every kPlanes-th byte, from byte p on.
@@ -120,47 +119,57 @@ struct DotUnpacker {
   }
 };
 
-// kRows rows of w against kM rows of x.
-template <int kBits, bool kE2m1, int kM, int kRows>
+constexpr int kVnniRows = 4;  // of w at a time
+
+// kVnniRows rows of w by kM rows of x.
+template <int kBits, bool kE2m1, int kM>
 struct DotTile {
   using Shape = DotShape<kBits>;
   static constexpr int kPlanes = Shape::kPlanes;
 
   const MatmulArgs& args;
   const Weight& weight;
-  const DotX x;
   const DotUnpacker<kBits> unpack;
 
   struct State {
-    const uint8_t* w[kRows];
-    int64_t first_group[kRows];  // in the arrays of scales and biases
-    __m512 scales[kRows][kM];    // of a chunk of groups, times x's units
-    __m512 totals[kRows][kM];
+    DotX x;  // from the first row on
+    const uint8_t* w[kVnniRows];
+    int64_t first_group[kVnniRows];  // in the arrays of scales and biases
+    __m512 scales[kVnniRows][kM];    // of a chunk of groups, times x's units
+    __m512 totals[kVnniRows][kM];
   };
 
-  // load(r) gives the scales and biases of the chunk from `group` on.
+  // load gives the scales and biases of the chunk from `group` on.
   template <typename Load>
   JAXQ_INLINE void LoadChunk(int64_t group, State* state, Load&& load) const {
-    const int64_t padded = x.padded_groups();
+    const int64_t padded = state->x.padded_groups();
     JAXQ_UNROLL
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kVnniRows; ++r) {
       __m512 scales, biases;
       load(state->first_group[r] + group, &scales, &biases);
       JAXQ_UNROLL
       for (int m = 0; m < kM; ++m) {
-        state->scales[r][m] = _mm512_mul_ps(scales, _mm512_loadu_ps(x.units + m * padded + group));
-        state->totals[r][m] = _mm512_fmadd_ps(biases, _mm512_loadu_ps(x.sums + m * padded + group), state->totals[r][m]);
+        state->scales[r][m] = _mm512_mul_ps(scales, _mm512_loadu_ps(state->x.units + m * padded + group));
+        const __m512 sums = _mm512_loadu_ps(state->x.sums + m * padded + group);
+        state->totals[r][m] = _mm512_fmadd_ps(biases, sums, state->totals[r][m]);
       }
     }
   }
 
+  template <DType kDType>
+  JAXQ_INLINE __m512 LoadAhead(const void* base, int64_t at, __mmask16 mask) const {
+    const int64_t ahead = (kAhead * 8 / kBits) >> __builtin_ctz(static_cast<unsigned>(weight.format.group_size));
+    _mm_prefetch(static_cast<const char*>(base) + (at + ahead) * SizeOf(kDType), _MM_HINT_T0);
+    return LoadSome(kDType, base, at, mask);
+  }
+
   // What the scales are is asked once for all rows.
   JAXQ_INLINE void LoadChunk(int64_t group, State* state) const {
-    const __mmask16 mask = FirstLanes(x.groups - group);
+    const __mmask16 mask = FirstLanes(state->x.groups - group);
     const auto of_dtype = [&](auto dtype) {
       LoadChunk(group, state, [&](int64_t at, __m512* scales, __m512* biases) __attribute__((always_inline)) {
-        *scales = LoadSome(decltype(dtype)::value, weight.scales, at, mask);
-        *biases = LoadSome(decltype(dtype)::value, weight.biases, at, mask);
+        *scales = LoadAhead<decltype(dtype)::value>(weight.scales, at, mask);
+        *biases = LoadAhead<decltype(dtype)::value>(weight.biases, at, mask);
       });
     };
     if constexpr (kE2m1) {
@@ -179,19 +188,19 @@ struct DotTile {
 
   // One block. `lanes`: the group of each lane, from the chunk's first on.
   JAXQ_INLINE void Step(int64_t block, __mmask64 bytes, __m512i lanes, State* state) const {
-    __m512i codes[kRows][kPlanes];
+    __m512i codes[kVnniRows][kPlanes];
     JAXQ_UNROLL
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kVnniRows; ++r) {
       const uint8_t* w = state->w[r] + block * Shape::kBytes;
       _mm_prefetch(reinterpret_cast<const char*>(w + kAhead), _MM_HINT_T1);
       unpack.template operator()<kE2m1>(w, bytes, codes[r]);
     }
     JAXQ_UNROLL
     for (int m = 0; m < kM; ++m) {
-      const int8_t* digits = x.digits + (m * x.blocks + block) * Shape::kDigitBytes;
-      __m512i sums[kRows], low[kRows];
+      const int8_t* digits = state->x.digits + (m * state->x.blocks + block) * Shape::kDigitBytes;
+      __m512i sums[kVnniRows], low[kVnniRows];
       JAXQ_UNROLL
-      for (int r = 0; r < kRows; ++r) sums[r] = low[r] = _mm512_setzero_si512();
+      for (int r = 0; r < kVnniRows; ++r) sums[r] = low[r] = _mm512_setzero_si512();
       // All rows take one digit after the other, so that there is always one that need not wait for its last sum.
       JAXQ_UNROLL
       for (int d = 0; d < 3; ++d) {
@@ -199,7 +208,7 @@ struct DotTile {
         for (int p = 0; p < kPlanes; ++p) {
           const __m512i digit = _mm512_loadu_si512(digits + (d * kPlanes + p) * 64);
           JAXQ_UNROLL
-          for (int r = 0; r < kRows; ++r) {
+          for (int r = 0; r < kVnniRows; ++r) {
             // 8-bit codes need more than 32 bits for all three digits.
             __m512i& sum = kBits == 8 && d == 2 ? low[r] : sums[r];
             if (p == 0 && d > 0 && !(kBits == 8 && d == 2)) sum = _mm512_slli_epi32(sum, 8);
@@ -208,7 +217,7 @@ struct DotTile {
         }
       }
       JAXQ_UNROLL
-      for (int r = 0; r < kRows; ++r) {
+      for (int r = 0; r < kVnniRows; ++r) {
         __m512 sum = _mm512_cvtepi32_ps(sums[r]);
         if (kBits == 8) sum = _mm512_fmadd_ps(sum, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(low[r]));
         const __m512 scales = _mm512_permutexvar_ps(lanes, state->scales[r][m]);
@@ -217,16 +226,17 @@ struct DotTile {
     }
   }
 
-  // Rows n .. n+count of w, kRows at most.
-  JAXQ_INLINE void Rows(int64_t n, int64_t count) const {
+  // Rows n .. n+count of w, kVnniRows at most.
+  JAXQ_INLINE void Rows(int64_t n, int64_t count, const DotX& x, int64_t m0) const {
     const int64_t g = weight.format.group_size, per_chunk = kChunk * g / Shape::kCodes;
     const __m128i shift = _mm_cvtsi32_si128(__builtin_ctz(static_cast<unsigned>(g)));
     const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m512i lane_codes = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(4 * kPlanes));
     const int64_t blocks = args.K / Shape::kCodes, rest = args.K % Shape::kCodes;
     State state;
+    state.x = x.From<kBits>(m0);
     JAXQ_UNROLL
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kVnniRows; ++r) {
       const int64_t row = n + Least(r, count - 1);
       state.w[r] = weight.packed + row * weight.row_bytes;
       state.first_group[r] = row * x.groups;
@@ -248,42 +258,30 @@ struct DotTile {
     for (int m = 0; m < kM; ++m) {
       __m512 totals[4];
       JAXQ_UNROLL
-      for (int r = 0; r < 4; ++r) totals[r] = r < kRows ? state.totals[r % kRows][m] : _mm512_setzero_ps();
-      StoreSome(args.x_dtype, args.y, m * args.N + n, count, SumFour(totals));
+      for (int r = 0; r < 4; ++r) totals[r] = r < kVnniRows ? state.totals[r % kVnniRows][m] : _mm512_setzero_ps();
+      StoreSome(args.x_dtype, args.y, (m0 + m) * args.N + n, count, SumFour(totals));
     }
   }
 
-  void operator()(int64_t first, int64_t last) const {
-    for (int64_t n = first; n < last; n += kRows) Rows(n, Least(kRows, last - n));
+  // Rows first .. last of w by rows m0 .. m0+kM of x.
+  void operator()(int64_t first, int64_t last, const DotX& x, int64_t m0) const {
+    for (int64_t n = first; n < last; n += kVnniRows) Rows(n, Least(kVnniRows, last - n), x, m0);
   }
 };
 
-// Tasks in as many runs as there are workers: each takes the next of its own run, and of another's once that is over.
-struct Runs {
-  int64_t tasks;
-  int64_t slots;
-  int64_t* next;  // [slots], 64 bytes apart: how many of each run are taken
-
-  static int64_t RoomFor(int64_t slots) { return Room<int64_t>(8 * slots); }
-
-  int64_t First(int64_t run) const { return tasks * run / slots; }
-  int64_t Take(int64_t slot) const {
-    for (int64_t run = slot;; run = run + 1 < slots ? run + 1 : 0) {
-      const int64_t task = First(run) + __atomic_fetch_add(next + 8 * run, 1, __ATOMIC_RELAXED);
-      if (task < First(run + 1)) return task;
+// Rows first .. last of w by all of x: at most three rows of x at a time, since with more registers run out.
+template <int kBits, bool kE2m1>
+void DotRange(const MatmulArgs& args, const Weight& weight, const DotX& x, int64_t first, int64_t last) {
+  for (int64_t m = 0; m < args.M;) {
+    const int64_t rest = args.M - m;
+    if (rest == 1) {
+      DotTile<kBits, kE2m1, 1>{args, weight, {}}(first, last, x, m), m += 1;
+    } else if (rest == 2 || rest == 4) {
+      DotTile<kBits, kE2m1, 2>{args, weight, {}}(first, last, x, m), m += 2;
+    } else {
+      DotTile<kBits, kE2m1, 3>{args, weight, {}}(first, last, x, m), m += 3;
     }
   }
-};
-
-template <int kBits, bool kE2m1, int kM, int kRows>
-void DotTasks(const MatmulArgs& args, const Weight& weight, const Parallel& parallel, const DotX& x, int64_t* next) {
-  const DotTile<kBits, kE2m1, kM, kRows> tile{args, weight, x, {}};
-  const int64_t rows = Most(Ceil(Ceil(args.N, kTasksPerSlot * parallel.slots()), kVnniTask), 1) * kVnniTask;
-  const Runs runs = {Ceil(args.N, rows), parallel.slots(), next};
-  parallel.For(runs.tasks, [&](int64_t, int slot) {
-    const int64_t first = runs.Take(slot) * rows;
-    tile(first, Least(args.N, first + rows));
-  });
 }
 
 template <int kBits, bool kE2m1>
@@ -293,24 +291,25 @@ Outcome VnniDot(const MatmulArgs& args, const Weight& weight, const Parallel& pa
   x.blocks = Ceil(args.K, Shape::kCodes), x.groups = args.groups();
   const int64_t floats = args.M * x.padded_groups();
   const Scratch scratch(Room<int8_t>(args.M * x.blocks * Shape::kDigitBytes) + 2 * Room<float>(floats) +
-                        Runs::RoomFor(parallel.slots()) + Room<int8_t>(3 * x.blocks * Shape::kCodes));
+                        Runs::RoomFor(parallel) + Room<int8_t>(3 * x.blocks * Shape::kCodes));
   if (!scratch.ok()) return Outcome::kNoMemory;
   char* cursor = scratch.data();
   x.digits = Take<int8_t>(&cursor, args.M * x.blocks * Shape::kDigitBytes);
   x.units = Take<float>(&cursor, floats);
   x.sums = Take<float>(&cursor, floats);
   int64_t* next = Take<int64_t>(&cursor, 8 * parallel.slots());
-  std::memset(next, 0, static_cast<size_t>(Runs::RoomFor(parallel.slots())));
   for (int64_t m = 0; m < args.M; ++m)
     if (!PrepareDot<kBits>(args, m, x, reinterpret_cast<int8_t*>(cursor))) return Outcome::kDeclined;
-  if (args.M == 1) DotTasks<kBits, kE2m1, 1, 4>(args, weight, parallel, x, next);
-  if (args.M == 2) DotTasks<kBits, kE2m1, 2, 4>(args, weight, parallel, x, next);
-  if (args.M == 3) DotTasks<kBits, kE2m1, 3, 4>(args, weight, parallel, x, next);
+  ForRuns(args.N, parallel, next, [&](int64_t first, int64_t last) {
+    // What is read more than once is still in the second-level cache when its turn comes again.
+    const int64_t step = args.M > 3 ? kRunTask : last - first;
+    for (int64_t n = first; n < last; n += step) DotRange<kBits, kE2m1>(args, weight, x, n, Least(last, n + step));
+  });
   return Outcome::kDone;
 }
 
 Outcome MatmulVnniDot(const MatmulArgs& args, const Weight& weight, const Parallel& parallel) {
-  if (!args.transpose || args.M > kVnniFewRows || args.format.mode == Mode::kMxfp8) return Outcome::kDeclined;
+  if (!args.transpose || args.M > FewRows(args.format) || args.format.mode == Mode::kMxfp8) return Outcome::kDeclined;
   if (!args.format.affine()) return VnniDot<4, true>(args, weight, parallel);
   switch (args.format.bits) {
     case 2:

@@ -192,7 +192,7 @@ class VnniProduct {
 };
 
 Outcome MatmulVnniPanels(const MatmulArgs& args, const Weight& weight, const Parallel& parallel) {
-  if (!args.transpose || args.M <= kVnniFewRows || args.format.mode == Mode::kMxfp8) return Outcome::kDeclined;
+  if (!args.transpose || args.M <= FewRows(args.format) || args.format.mode == Mode::kMxfp8) return Outcome::kDeclined;
   return VnniProduct(args, weight, parallel).Run();
 }
 
