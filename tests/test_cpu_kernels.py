@@ -89,7 +89,11 @@ def test_matmul_rows(isa, m, transpose):
     for dtype in cpu_calls.DTYPES:
         check_matmul(rng, ("affine", 4, 64), isa, m, 150, 1344, transpose, dtype, dtype)
     check_matmul(rng, ("affine", 3, 32), isa, m, 97, 1056, transpose, np.float32, np.float16)
-    check_matmul(rng, ("mxfp8", 8, 32), isa, m, 97, 1056, transpose, BF16, np.float32)
+    check_matmul(rng, ("affine", 2, 16), isa, m, 70, 1312, transpose, np.float16, BF16)
+    check_matmul(rng, ("affine", 6, 128), isa, m, 70, 2176, transpose, BF16, np.float16)
+    check_matmul(rng, ("affine", 8, 128), isa, m, 70, 2176, transpose, np.float32, np.float32)
+    for dtype in cpu_calls.DTYPES:
+        check_matmul(rng, ("mxfp8", 8, 32), isa, m, 97, 1056, transpose, dtype, np.float32)
 
 
 @isas
@@ -189,17 +193,33 @@ def test_quantize_poisons_the_group_of_a_nan(isa, fmt, bad):
 
 
 @isas
-def test_matmul_passes_nan_and_infinity_on(isa):
+@pytest.mark.parametrize("fmt", [("affine", 4, 64), ("mxfp8", 8, 32)], **IDS)
+def test_matmul_passes_nan_and_infinity_on(isa, fmt):
     """A NaN or an infinity in x reaches the rows of y that depend on it, and no other."""
     rng = np.random.default_rng(7)
-    weight, _ = cpu_calls.random_weight(rng, ("affine", 4, 64), (40, 256))
-    for m in (1, 5, 40):
-        for bad in (np.nan, np.inf):
-            x = rng.standard_normal((m, 256)).astype(np.float32)
-            x[m // 2, 100] = bad
-            y = np.asarray(cpu_calls.matmul(x, weight, ("affine", 4, 64), isa=isa))
-            assert not np.isfinite(y[m // 2]).any()
-            assert np.isfinite(np.delete(y, m // 2, 0)).all()
+    weight, _ = cpu_calls.random_weight(rng, fmt, (40, 256))
+    for m in (1, 3, 5, 40):
+        for dtype in (np.float32, BF16):
+            for bad in (np.nan, np.inf):
+                x = rng.standard_normal((m, 256)).astype(dtype)
+                x[m // 2, 100] = bad
+                y = np.asarray(cpu_calls.matmul(x, weight, fmt, isa=isa)).astype(np.float32)
+                assert not np.isfinite(y[m // 2]).any()
+                assert np.isfinite(np.delete(y, m // 2, 0)).all()
+
+
+@isas
+def test_matmul_passes_the_nan_of_a_weight_on(isa):
+    """E4M3 has two codes for NaN, and E8M0 one: each poisons its own row of w."""
+    rng = np.random.default_rng(12)
+    packed, scales = cpu_calls.random_weight(rng, ("mxfp8", 8, 32), (40, 256))[0]
+    codes = packed.view(np.uint8)
+    codes[3, 5], codes[7, 255], scales[9, 2] = 0x7F, 0xFF, 0xFF
+    for m in (1, 2, 5, 40):
+        for dtype in (np.float32, BF16):
+            x = rng.standard_normal((m, 256)).astype(dtype)
+            y = np.asarray(cpu_calls.matmul(x, (packed, scales), ("mxfp8", 8, 32), isa=isa)).astype(np.float32)
+            np.testing.assert_array_equal(np.isnan(y), np.broadcast_to(np.isin(np.arange(40), (3, 7, 9)), y.shape))
 
 
 @isas

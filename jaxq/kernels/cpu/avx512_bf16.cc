@@ -21,11 +21,22 @@ namespace {
 }  // namespace jaxq::cpu::avx512_bf16
 
 #include "bf16_gemm-inl.h"
+#include "mxfp8_dot-inl.h"
 
 namespace jaxq::cpu {
+namespace avx512_bf16 {
+namespace {
+
+Outcome Matmul(const MatmulArgs& args, const Parallel& parallel) {
+  const Weight weight(args, args.N, args.K);
+  const Outcome outcome = MatmulMxfp8Dot(args, weight, parallel);
+  return outcome == Outcome::kDeclined ? MatmulBf16(args, weight, parallel) : outcome;
+}
+
+}  // namespace
+}  // namespace avx512_bf16
 
 // Everything else is avx512_vnni's.
-const Isa kAvx512Bf16 = {"avx512_bf16", MissingAvx512Bf16, nullptr, nullptr,
-                         avx512_bf16::MatmulBf16, nullptr};
+const Isa kAvx512Bf16 = {"avx512_bf16", MissingAvx512Bf16, nullptr, nullptr, avx512_bf16::Matmul, nullptr};
 
 }  // namespace jaxq::cpu

@@ -221,9 +221,8 @@ class Bf16Product {
   float* sums_ = nullptr;
 };
 
-Outcome MatmulBf16(const MatmulArgs& args, const Parallel& parallel) {
+Outcome MatmulBf16(const MatmulArgs& args, const Weight& weight, const Parallel& parallel) {
   if (!args.transpose || args.M <= FewRows(args.format) || args.x_dtype != DType::kBF16) return Outcome::kDeclined;
-  const Weight weight(args, args.N, args.K);
   return Bf16Product(args, weight, parallel).Run();
 }
 

@@ -12,7 +12,7 @@ namespace {
 // Up to so many rows of x are multiplied row by row (vnni_dot-inl.h), for what panels cost is not made up for before.
 // Codes that come two or more to a byte are multiplied so at less cost for each.
 JAXQ_INLINE int64_t FewRows(const Format& format) {
-  if (format.mode == Mode::kMxfp8) return 3;
+  if (format.mode == Mode::kMxfp8) return 4;
   return format.bits <= 4 ? 8 : 4;
 }
 
