@@ -222,10 +222,13 @@ def watch(samples: list[int]):
     """A progress function that samples what is alive before each weight and after the last."""
 
     def progress(items):
+        # Held, so that no garbage of an earlier test is collected between two samples.
+        held = jax.live_arrays()
         for item in items:
             samples.append(live_bytes())
             yield item
         samples.append(live_bytes())
+        del held
 
     return progress
 
