@@ -39,12 +39,10 @@ struct PlainScratch {
   PanelScales scales;
 };
 
-// sums + dot products of 4 unsigned bytes by the 4 signed ones at `word`.
-JAXQ_INLINE __m512i DotWord(__m512i sums, __m512i unsigned_bytes, const int8_t* word) {
-  asm("vpdpbusd %2%{1to16%}, %1, %0"
-      : "+v"(sums)
-      : "v"(unsigned_bytes), "m"(*reinterpret_cast<const int8_t(*)[4]>(word)));
-  return sums;
+JAXQ_INLINE __m512i BroadcastWord(const int8_t* word) {
+  int32_t quad;
+  std::memcpy(&quad, word, 4);
+  return _mm512_set1_epi32(quad);
 }
 
 // kM rows of x by kVectors vectors of columns of a panel; adds to y[kM][stride].
@@ -66,9 +64,7 @@ JAXQ_INLINE void MultiplyColumns(const uint8_t* codes, int64_t quads, const Plai
     for (int m = 0; m < kM; ++m) {
       JAXQ_UNROLL
       for (int d = 0; d < kDigits; ++d) {
-        int32_t quad;
-        std::memcpy(&quad, word + (3 * m + d) * kPanelRows, 4);
-        const __m512i digit = _mm512_set1_epi32(quad);
+        const __m512i digit = BroadcastWord(word + (3 * m + d) * kPanelRows);
         JAXQ_UNROLL
         for (int v = 0; v < kVectors; ++v) sums[m][v][d] = DotBytes(sums[m][v][d], w[v], digit);
       }
@@ -109,14 +105,22 @@ JAXQ_INLINE void MultiplySpan(const Quads& load, SpanOfRows span, const PlainScr
     for (__m512i& sum : vector) sum = _mm512_setzero_si512();
   const int8_t* word = s.digits[0][0];
   for (; span.count > 0; span.count -= 4, span.w += 4 * span.row_bytes, word += 4) {
-    __m512i codes[kSpanVectors];
+    __m512i quads[Quads::kQuads];
     next->Next(load.bits());
-    load(span.w, span.row_bytes, span.count, span.bytes, codes);
+    load(span.w, span.row_bytes, span.count, span.bytes, quads);
+    constexpr int kVectors = kSpanVectors / kGroups;
     JAXQ_UNROLL
-    for (int v = 0; v < kSpanVectors; ++v)
+    for (int group = 0; group < kGroups; ++group) {
+      __m512i digits[kDigits];
       JAXQ_UNROLL
-      for (int d = 0; d < kDigits; ++d)
-        sums[v][d] = DotWord(sums[v][d], codes[v], word + (v * kGroups / kSpanVectors * 3 + d) * kPanelRows);
+      for (int d = 0; d < kDigits; ++d) digits[d] = BroadcastWord(word + (3 * group + d) * kPanelRows);
+      JAXQ_UNROLL
+      for (int v = group * kVectors; v < (group + 1) * kVectors; ++v) {
+        const __m512i codes = load.Vector(quads, v);
+        JAXQ_UNROLL
+        for (int d = 0; d < kDigits; ++d) sums[v][d] = DotBytes(sums[v][d], codes, digits[d]);
+      }
+    }
   }
   JAXQ_UNROLL
   for (int v = 0; v < kSpanVectors; ++v) {
@@ -236,11 +240,11 @@ class PlainProduct {
   bool Panel(const SpanOfRows& span, int64_t in_strip, Fetcher* next, float* y, int64_t stride) const {
     const int64_t g = weight_.format.group_size, quads = Ceil(span.count, 4);
     for (int64_t q = 0; q < quads; ++q) {
-      __m512i codes[kSpanVectors];
+      __m512i vectors[Quads::kQuads];
       next->Next(load_.bits());
-      load_(span.w + 4 * q * span.row_bytes, span.row_bytes, span.count - 4 * q, span.bytes, codes);
+      load_(span.w + 4 * q * span.row_bytes, span.row_bytes, span.count - 4 * q, span.bytes, vectors);
       JAXQ_UNROLL
-      for (int v = 0; v < kSpanVectors; ++v) _mm512_store_si512(s_->codes[v / 2][q][v % 2], codes[v]);
+      for (int v = 0; v < kSpanVectors; ++v) _mm512_store_si512(s_->codes[v / 2][q][v % 2], load_.Vector(vectors, v));
     }
     for (int64_t tile = 0; tile < tiles_; ++tile) {
       const int64_t first = First(tile), height = First(tile + 1) - first;

@@ -31,7 +31,7 @@ struct SpanBytes {
   __mmask64 half[2];
 };
 
-// kSpan columns of four rows as 8 vectors of 16 columns.
+// kSpan columns of four rows as 8 vectors of 16 columns, made in two steps: few registers are free where sums fill most.
 //
 // Nibbles in groups of 32 and more: vectors 2u and 2u+1 have the even and the odd ones of columns 32u .. 32u+31, which
 // takes half as many instructions as to keep them in order. All else: in order.
@@ -39,6 +39,7 @@ template <bool kNibbles>
 class ColumnQuads {
  public:
   static constexpr bool kInPairs = kNibbles;
+  static constexpr int kQuads = kNibbles ? kSpanVectors / 2 : kSpanVectors;
 
   explicit ColumnQuads(int bits) : bits_(bits) {
     alignas(64) uint8_t from[64], shift[64];
@@ -64,7 +65,7 @@ class ColumnQuads {
   }
 
   // Four rows from `w` on, which are `row_bytes` apart; only `count` of them exist, and the last is repeated. Columns that
-  // `mask` has not are zeros.
+  // `mask` has not are zeros. out: kQuads, for Vector.
   JAXQ_INLINE void operator()(const uint8_t* w, int64_t row_bytes, int64_t count, SpanBytes mask, __m512i* out) const {
     const uint8_t* row[4] = {w};
     for (int i = 1; i < 4; ++i) row[i] = row[i - 1] + (i < count ? row_bytes : 0);
@@ -75,13 +76,7 @@ class ColumnQuads {
         const __m512i line = _mm512_maskz_loadu_epi8(mask.half[0], row[r]);
         bytes[r] = _mm512_permutexvar_epi32(words_, line);
       }
-      __m512i pairs[4];
-      Interleave(bytes, pairs);
-      JAXQ_UNROLL
-      for (int u = 0; u < 4; ++u) {
-        out[2 * u] = _mm512_and_si512(pairs[u], mask_);
-        out[2 * u + 1] = _mm512_and_si512(_mm512_srli_epi16(pairs[u], 4), mask_);
-      }
+      Interleave(bytes, out);
     } else {
       JAXQ_UNROLL
       for (int half = 0; half < 2; ++half) {
@@ -94,6 +89,12 @@ class ColumnQuads {
         Interleave(bytes, out + 4 * half);
       }
     }
+  }
+
+  // Vector v of the span, out of the above.
+  JAXQ_INLINE __m512i Vector(const __m512i* quads, int v) const {
+    if constexpr (!kNibbles) return quads[v];
+    return _mm512_and_si512(v % 2 ? _mm512_srli_epi16(quads[v / 2], 4) : quads[v / 2], mask_);
   }
 
  private:
