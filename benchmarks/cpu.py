@@ -6,6 +6,7 @@
 Peers are optional: onnxruntime (MatMulNBits at accuracy level 0, float32, and 4, which rounds activations to int8),
 openvino, torch (int4 and dense), JAX's dense product, and mlx where --peers names it. A peer that is missing is left
 out and named at the end.
+The case `threads` (two CPUs over one) runs threads.py in processes of its own, each bound to as many CPUs.
 The functions of a case take turns, a few calls each after a first one that is dropped; medians are over all turns.
 Run it on an otherwise idle machine.
 """
@@ -179,6 +180,27 @@ def overhead_cases(args) -> list[dict]:
     return [{"case": "overhead 64x256 M=1", "seconds": seconds}]
 
 
+def threads_cases(args) -> list[dict]:
+    """One CPU's time over two CPUs', for one row by weights from memory and for 512 rows; processes take turns."""
+    if len(os.sched_getaffinity(0)) < 2:
+        print("threads: left out: the process has one CPU")
+        return []
+    script, found = str(pathlib.Path(__file__).with_name("threads.py")), []
+    chosen = ["--implementation", args.implementation] if args.implementation else []
+    for dtype in args.dtypes:
+        times: dict[int, list[dict]] = {1: [], 2: []}
+        for cpus in (1, 2) * max(1, args.rounds // 2):
+            command = [sys.executable, script, "--cpus", str(cpus), "--dtype", dtype, *chosen]
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            times[cpus].append(json.loads(output))
+        for m in times[1][0]:
+            one, two = (float(np.median([t[m] for t in times[cpus]])) for cpus in (1, 2))
+            print(f"{dtype} M={m}: {one * 1e3:.2f} ms on one CPU, {two * 1e3:.2f} on two: {one / two:.2f} of its speed")
+            seconds = {OURS: two, "one CPU": one}
+            found.append({"case": f"{dtype} M={m} threads", "seconds": seconds, "speedup": one / two})
+    return found
+
+
 def report(case: str, seconds: dict[str, float], read: int = 0, flops: int = 0) -> dict:
     mine = seconds[OURS]
     rates = f" {read / mine / 1e9:5.1f} GB/s {flops / mine / 1e9:6.0f} GFLOP/s" if read else ""
@@ -221,6 +243,7 @@ CASES = {
     "backward": backward_cases,
     "conversion": conversion_cases,
     "overhead": overhead_cases,
+    "threads": threads_cases,
 }
 
 
