@@ -9,7 +9,7 @@ namespace jaxq::cpu {
 namespace {
 
 // To wake a helper costs the caller some microseconds, in which it does this much itself.
-constexpr int64_t kAlone = 1 << 18;
+constexpr int64_t kAlone = 1 << 17;
 
 // Shared with the helpers, which may start after Run has returned: they then find no task left, and touch nothing else.
 struct Job {
