@@ -17,10 +17,8 @@ import argparse
 import json
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 
@@ -31,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import peers as peer_library
+from limits import Limits
 
 import jaxq
 
@@ -63,22 +62,12 @@ def interleave(functions: dict[str, Callable[[], object]], rounds: int, budget: 
 
 
 def machine_limits(threads: int) -> dict[str, float]:
-    """Bytes read and float32 operations per second at most, from limits.cc; empty without a compiler."""
-    compiler = shutil.which("c++")
-    if compiler is None:
+    """Bytes read and float32 operations per second at most, empty without a compiler."""
+    limits = Limits()
+    if not limits.available:
         return {}
-    source = pathlib.Path(__file__).parent / "limits.cc"
-    with tempfile.TemporaryDirectory() as directory:
-        program = str(pathlib.Path(directory) / "limits")
-        flags = ["-O3", "-march=native", "-std=c++17", "-pthread"]
-        subprocess.run([compiler, *flags, str(source), "-o", program], check=True)
-
-        def measure(mebibytes: int) -> list[float]:
-            output = subprocess.run([program, str(threads), str(mebibytes)], check=True, capture_output=True, text=True)
-            return [float(word) for word in output.stdout.split()]
-
-        memory, flops = measure(512)
-        cache, _ = measure(8)
+    memory, flops = limits.measure(threads, 512)
+    cache, _ = limits.measure(threads, 8)
     return {"memory_bytes_per_s": memory, "cache_bytes_per_s": cache, "float32_flops_per_s": flops}
 
 

@@ -1,4 +1,4 @@
-// What this machine can do at most, for benchmarks/cpu.py: prints bytes read per second and float32
+// What this machine can do at most, for the benchmarks (limits.py): prints bytes read per second and float32
 // operations per second, on as many threads as the first argument says.
 //   c++ -O3 -march=native -std=c++17 -pthread limits.cc -o limits && ./limits 2 MEBIBYTES
 #include <chrono>

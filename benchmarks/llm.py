@@ -4,7 +4,8 @@
 
 The engines take turns, a few tokens each, so that whatever else the machine does falls on all of them; reported are
 medians, and their ratios to jaxq's. `of limit`: to the speed that reading the engine's weights once per token would
-allow, at the rate at which two threads read memory in the same rounds. With --check, the figures that are promised
+allow, at the rate at which two threads read memory in the same rounds (limits.cc; without a C++ compiler the column
+is left out). With --check, the figures that are promised
 are held, and the exit status says whether.
 
 Engines: jaxq; jax-f32 and jax-bf16, the same weights dense in the same code; mlx-lm on MLX's CPU backend; llama-q4_0
@@ -31,7 +32,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from jaxq.lowerings import cpu
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.limits import Limits
 from benchmarks.llm_weights import QWEN3_06B, SPEC, random_tensors, write_gguf
 from examples.llm import measure, memory
 from examples.llm.config import from_json
@@ -173,19 +174,6 @@ class LlamaCpp:
         return took
 
 
-class Bandwidth:
-    """Bytes per second that two threads read from memory."""
-
-    def __init__(self, nbytes: int = 512 << 20):
-        self.halves = np.split(np.ones(nbytes // 8, np.int64), 2)
-        self.nbytes, self.pool = nbytes, ThreadPoolExecutor(2)
-
-    def __call__(self) -> float:
-        began = time.perf_counter()
-        list(self.pool.map(np.max, self.halves))
-        return self.nbytes / (time.perf_counter() - began)
-
-
 ENGINES = {
     "jaxq": (Jax, None, {}),
     "jax-bf16": (Jax, None, {"dense": jnp.bfloat16}),
@@ -260,7 +248,10 @@ def main() -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """Seconds per token of decode and of prefill, by engine, and bytes per second, a list each over the rounds."""
+    """Seconds per token of decode and of prefill, by engine, and bytes per second, a list each over the rounds.
+
+    bandwidth: empty where it can't be measured.
+    """
 
     decode: dict[str, list[float]]
     prefill: dict[str, list[float]]
@@ -271,8 +262,10 @@ class Results:
     def step(self, name: str) -> float:
         return statistics.median(self.decode[name])
 
-    def share(self, name: str) -> float:
+    def share(self, name: str) -> float | None:
         """Of the speed that reading the weights once a token would allow."""
+        if not self.bandwidth:
+            return None
         return self.weights[name] / statistics.median(self.bandwidth) / self.step(name)
 
     def per_prompt_token(self, name: str) -> float:
@@ -283,9 +276,10 @@ def rounds(args: Any, engines: dict[str, Any]) -> tuple[dict[str, list[float]], 
     """Seconds per token of decode and of prefill, and bytes per second, a list each over the rounds."""
     decode: dict[str, list[float]] = {name: [] for name in engines}
     prefill: dict[str, list[float]] = {name: [] for name in engines}
-    bandwidth, read = [], Bandwidth()
+    bandwidth, limits = [], Limits()
     for _ in range(args.rounds):
-        bandwidth.append(read())
+        if limits.available:
+            bandwidth.append(limits.measure(2, 512)[0])
         for name, engine in engines.items():
             if (seconds := engine.prefill()) is not None:
                 prefill[name].append(seconds / args.context)
@@ -294,12 +288,18 @@ def rounds(args: Any, engines: dict[str, Any]) -> tuple[dict[str, list[float]], 
 
 
 def report(args: Any, found: Results) -> None:
-    speed = statistics.median(found.bandwidth)
-    print(f"two threads read {speed / 1e9:.1f} GB/s (median of {args.rounds} rounds)")
-    print(f"{'engine':12s}{'MiB':>6s}{'decode/s':>10s}{'of limit':>9s}{'ratio':>7s}{'prefill/s':>11s}{'ratio':>7s}")
+    if found.bandwidth:
+        speed = statistics.median(found.bandwidth)
+        print(f"two threads read {speed / 1e9:.1f} GB/s (median of {args.rounds} rounds)")
+    else:
+        print("no C++ compiler: how fast two threads read memory is not known, nor what share of it an engine reaches")
+    limit = f"{'of limit':>9s}" if found.bandwidth else ""
+    print(f"{'engine':12s}{'MiB':>6s}{'decode/s':>10s}{limit}{'ratio':>7s}{'prefill/s':>11s}{'ratio':>7s}")
     for name in found.decode:
         step = found.step(name)
-        line = f"{name:12s}{found.weights[name] / 2**20:6.0f}{1 / step:10.2f}{found.share(name):9.0%}"
+        line = f"{name:12s}{found.weights[name] / 2**20:6.0f}{1 / step:10.2f}"
+        if (share := found.share(name)) is not None:
+            line += f"{share:9.0%}"
         line += f"{found.step('jaxq') / step:7.2f}" if "jaxq" in found.decode else ""
         if found.prefill[name]:
             each = found.per_prompt_token(name)
@@ -321,7 +321,7 @@ def report(args: Any, found: Results) -> None:
 
 def broken_promises(args: Any, found: Results) -> Iterator[str]:
     """What does not hold of what is promised, for the engines that ran."""
-    if (share := found.share("jaxq")) < 0.7:
+    if (share := found.share("jaxq")) is not None and share < 0.7:
         yield f"decode: {share:.0%} of what reading the weights allows, below 70%"
     for name in ("llama-q4_0", "llama-q4_1"):
         if name in found.decode and found.step("jaxq") > found.step(name):
