@@ -36,11 +36,12 @@ def cached_attention(
     head h reads the keys and values of head `h // (H // KV)`. Keys and values are read as the cache holds them, rounded
     to its dtype.
 
-    On CPUs it is one call of jaxq's kernels, which reads what is seen of the cache once, sums in float32, rounds once,
-    gives the same bits whatever the number of threads, and updates the cache where it lies: carry the cache through
-    `lax.scan` or `lax.while_loop`, or donate it to `jax.jit`, and nothing of it is copied. Elsewhere, and without the
-    kernels, it is plain JAX, which rounds the weights of the softmax to the dtype of the cache. Derivatives are those
-    of plain JAX; under `jax.vmap` the kernels run one member after the other.
+    On CPUs it is one call of jaxq's kernels, which sums in float32, rounds once, gives the same bits whatever the
+    number of threads, and updates the cache where it lies: carry the cache through `lax.scan` or `lax.while_loop`, or
+    donate it to `jax.jit`, and nothing of it is copied. Elsewhere, and without the kernels, it is plain JAX, which
+    rounds the weights of the softmax to the dtype of the cache; so do the kernels where many queries in bfloat16 (a
+    prompt's) meet a cache in bfloat16 and the CPU multiplies such numbers. Derivatives are those of plain JAX; under
+    `jax.vmap` the kernels run one member after the other.
 
     Args:
       q: float[B, S, H, hd].

@@ -2,11 +2,12 @@
 
 Tolerances. Let u = 2**-24. A score, scale * sum of hd products, errs by at most (hd + 8) u scale sum |q k| (8 counts
 the roundings of q * scale, its constants, and the final ones), and its distance from the largest by 2 u of both sizes
-more. That is the relative error of its exponential, plus 4 u for the polynomial and, of a cache of 16 bits in plain
-JAX, one rounding of the weight. A weighted mean of T values moves by at most twice the largest relative error of a
-weight, as a share of the mean of |v|; the two sums add 2 (T + 8) u of that, which covers the rescalings of the running
-sums, of which there are fewer than T. Weights below 2**-125 of the largest count as none: far below all this. The
-result is rounded once.
+more. That is the relative error of its exponential, plus 4 u for the polynomial and, where weights are rounded to the
+dtype of the cache, one such rounding: in plain JAX of a cache of 16 bits, and of many queries in bfloat16 over a cache
+in bfloat16 where the instruction set has products of it. A weighted mean of T values moves by at most twice the largest
+relative error of a weight, as a share of the mean of |v|; the two sums add 2 (T + 8) u of that, which covers the
+rescalings of the running sums, of which there are fewer than T. Weights below 2**-125 of the largest count as none: far
+below all this. The result is rounded once.
 """
 
 from __future__ import annotations
@@ -38,7 +39,12 @@ CASES = [
     (1, 1, 5, 1, 80, 1000, 999),
     (3, 2, 3, 3, 20, 9, 7),
     (1, 70, 6, 2, 32, 70, 0),
+    (2, 90, 6, 2, 80, 200, 61),
+    (1, 300, 8, 8, 64, 450, 130),
+    (4, 130, 16, 8, 16, 140, 3),
 ]
+# Instruction sets that multiply tiles of bfloat16 where at least so many queries share keys.
+TILES, ROWS_OF_TILES = ("cpu:amx", "cpu:avx512_bf16"), 32
 
 
 def operands(rng, case, dtype, cache_dtype, layers=2):
@@ -76,8 +82,11 @@ def expected(q, k, v, cache_k, cache_v, layer, position, scale=None, weight_roun
 
 def check(arrays, position, implementation, layer=1, scale=None):
     got = cached_attention(*arrays, layer=layer, position=position, scale=scale, implementation=implementation)
-    plain = implementation == "xla" and arrays[3].dtype == arrays[0].dtype != np.float32
-    weights = rounding(arrays[3].dtype) if plain else (0.0, 0.0)
+    q, k, *_, cache = arrays
+    plain = implementation == "xla" and cache.dtype == q.dtype != np.float32
+    rows = q.shape[1] * q.shape[2] // k.shape[2]
+    tiles = implementation in TILES and cache.dtype == q.dtype == cpu_calls.DTYPES[2] and rows >= ROWS_OF_TILES
+    weights = rounding(cache.dtype) if plain or tiles else (0.0, 0.0)
     y, bound, cache_k, cache_v = expected(*arrays, layer, position, scale, weights)
     assert got[0].dtype == arrays[0].dtype
     error = np.abs(np.asarray(got[0], np.float64) - y)
@@ -107,6 +116,19 @@ def test_values_of_any_shape(data):
     dtype, cache_dtype = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(DTYPES))
     rng = np.random.default_rng(draw(0, 1 << 30))
     check(operands(rng, case, dtype, cache_dtype), position, data.draw(st.sampled_from(IMPLEMENTATIONS)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("implementation", cpu.variants())
+def test_many_queries_and_what_is_not_a_number(implementation, dtype):
+    """A NaN in a query of a prompt stays in its row; what comes after the prompt is not read."""
+    case = (1, 80, 8, 4, 40, 200, 100)
+    arrays = operands(np.random.default_rng(11), case, dtype, dtype)
+    arrays[0][0, 33, 5] = np.nan
+    arrays[3][1, :, :, 180:] = arrays[4][1, :, :, 180:] = np.nan
+    y = np.asarray(cached_attention(*arrays, layer=1, position=100, implementation=implementation)[0], np.float32)
+    assert np.isnan(y[0, 33, 5]).all()
+    assert np.isnan(y).sum() == 40
 
 
 @pytest.mark.parametrize("implementation", cpu.variants())
@@ -234,13 +256,14 @@ _PRINT_BITS = """
 import hashlib, os, sys
 if sys.argv[1] == "one":
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import jax.numpy as jnp
 import numpy as np
 from jaxq.attention import cached_attention
 rng = np.random.default_rng(7)
 digest = hashlib.sha256()
-for tokens, position in ((1, 1500), (5, 700), (100, 300)):
-    q, *kv = (rng.standard_normal((1, tokens, heads, 64)).astype(np.float32) for heads in (8, 2, 2))
-    caches = [rng.standard_normal((1, 1, 2, 2000, 64)).astype(np.float32) for _ in range(2)]
+for tokens, position, dtype in ((1, 1500, "f4"), (5, 700, "f4"), (100, 300, "f4"), (150, 300, jnp.bfloat16)):
+    q, *kv = (rng.standard_normal((1, tokens, heads, 64)).astype(dtype) for heads in (8, 2, 2))
+    caches = [rng.standard_normal((1, 1, 2, 2000, 64)).astype(dtype) for _ in range(2)]
     digest.update(np.asarray(cached_attention(q, *kv, *caches, layer=0, position=position)[0]).tobytes())
 print(digest.hexdigest())
 """

@@ -1,5 +1,6 @@
-// Intel's AMX with bfloat16 (Sapphire Rapids and later): matrix products of more than a few rows. The rest, and
-// transpose=True with groups of 16 where amx_dense-inl.h does not take it, goes to the AVX-512 kernels.
+// Intel's AMX with bfloat16 (Sapphire Rapids and later): matrix products of more than a few rows, and attention of many
+// queries. The rest, and transpose=True with groups of 16 where amx_dense-inl.h does not take it, goes to the AVX-512
+// kernels.
 
 #include <immintrin.h>
 
@@ -29,6 +30,40 @@ namespace jaxq::cpu {
 namespace amx {
 namespace {
 
+// For attention_tiles-inl.h, which says what it does.
+struct TileProducts {
+  template <bool kAdd>
+  static void Run(const uint16_t* a, int64_t a_next, const uint16_t* b, int64_t b_next, int64_t steps, float* c,
+                  int64_t c_next) {
+    if constexpr (kAdd) {
+      LoadTile<0>(c), LoadTile<1>(c + kFloats), LoadTile<2>(c + c_next), LoadTile<3>(c + c_next + kFloats);
+    } else {
+      ZeroTile<0>(), ZeroTile<1>(), ZeroTile<2>(), ZeroTile<3>();
+    }
+    for (int64_t step = 0; step < steps; ++step, a += kHalves, b += kHalves) {
+      LoadTile<4>(a), LoadTile<6>(b);
+      DotTiles<0, 4, 6>();
+      LoadTile<7>(b + b_next);
+      DotTiles<1, 4, 7>();
+      LoadTile<5>(a + a_next);
+      DotTiles<2, 5, 6>(), DotTiles<3, 5, 7>();
+    }
+    StoreTile<0>(c), StoreTile<1>(c + kFloats), StoreTile<2>(c + c_next), StoreTile<3>(c + c_next + kFloats);
+  }
+
+  const TileScope tiles_configured;
+};
+
+}  // namespace
+}  // namespace amx
+}  // namespace jaxq::cpu
+
+#include "attention_tiles-inl.h"
+
+namespace jaxq::cpu {
+namespace amx {
+namespace {
+
 // Below, the kernels of avx512_bf16 and avx512_vnni were as fast or faster where the two were measured side by side.
 constexpr int64_t kLeastBf16Rows = 4, kLeastRows = 9, kLeastPlainRows = 16;
 
@@ -46,6 +81,6 @@ Outcome Matmul(const MatmulArgs& args, const Parallel& parallel) {
 }  // namespace
 }  // namespace amx
 
-const Isa kAmx = {"amx", MissingAmx, nullptr, nullptr, amx::Matmul, nullptr};
+const Isa kAmx = {"amx", MissingAmx, nullptr, nullptr, amx::Matmul, amx::Attention};
 
 }  // namespace jaxq::cpu

@@ -23,7 +23,6 @@ constexpr int64_t kEnoughTasks = 64;  // so many keep most machines busy without
 constexpr int64_t kMostTasks = 256;   // of cut keys: each leaves a part in memory
 constexpr int64_t kValueSums = kLanes == 8 ? 8 : 16;  // sums in registers: AVX2 has half as many registers
 constexpr int64_t kAhead = 4096;  // bytes: keys are read several at a time, an order that no hardware foresees
-constexpr float kLog2e = 1.44269504088896341f;
 
 template <DType kT>
 JAXQ_INLINE F LoadValues(const void* base, int64_t at) {

@@ -8,6 +8,8 @@
 
 namespace jaxq::cpu {
 
+constexpr float kLog2e = 1.44269504088896341f;
+
 // count values of `from` as `to`.
 [[maybe_unused]] static void Convert(DType from, const void* source, DType to, void* out, int64_t count) {
   if (from == to) {
