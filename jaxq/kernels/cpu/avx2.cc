@@ -64,6 +64,45 @@ JAXQ_INLINE F FromE8m0(const uint8_t* p) {
   const __m256i quiet = _mm256_and_si256(nan, _mm256_set1_epi32(0x7fc00000));
   return _mm256_castsi256_ps(_mm256_or_si256(_mm256_or_si256(bits, zero), quiet));
 }
+// 16 codes of kBits bits in the lanes' low bits; what lies above them is left there. Every lane gets 4 bytes that hold
+// its code: the first or the last ones of the 16 codes, or, where those are too few, of an octet of codes.
+template <int kBits>
+JAXQ_INLINE void PackedCodes(const uint8_t* p, __m256i out[2]) {
+  static_assert(kBits < 8);
+  const auto word = [](const uint8_t* from) __attribute__((always_inline)) {
+    int32_t bits;
+    std::memcpy(&bits, from, 4);
+    return _mm256_set1_epi32(bits);
+  };
+  constexpr int b = kBits;
+  if constexpr (kBits <= 4) {
+    constexpr int first = 32 - 8 * b;
+    const __m256i low = _mm256_setr_epi32(0, b, 2 * b, 3 * b, 4 * b, 5 * b, 6 * b, 7 * b);
+    out[0] = _mm256_srlv_epi32(word(p), low);
+    out[1] = _mm256_srlv_epi32(word(p + 2 * b - 4), _mm256_add_epi32(low, _mm256_set1_epi32(first)));
+  } else {
+    constexpr int first = 32 - 4 * b;
+    const __m256i shifts = _mm256_setr_epi32(0, b, 2 * b, 3 * b, first, first + b, first + 2 * b, first + 3 * b);
+    for (int i = 0; i < 2; ++i, p += b)
+      out[i] = _mm256_srlv_epi32(_mm256_blend_epi32(word(p), word(p + b - 4), 0xf0), shifts);
+  }
+}
+template <int kBits>
+JAXQ_INLINE void FromPacked(const uint8_t* p, F out[2]) {
+  __m256i codes[2];
+  PackedCodes<kBits>(p, codes);
+  for (int i = 0; i < 2; ++i)
+    out[i] = _mm256_cvtepi32_ps(_mm256_and_si256(codes[i], _mm256_set1_epi32((1 << kBits) - 1)));
+}
+JAXQ_INLINE void FromPackedE2m1(const uint8_t* p, F out[2]) {
+  const F sizes = _mm256_setr_ps(0, 1, 2, 3, 4, 6, 8, 12);
+  __m256i codes[2];
+  PackedCodes<4>(p, codes);
+  for (int i = 0; i < 2; ++i) {
+    const F size = _mm256_permutevar8x32_ps(sizes, codes[i]), sign = _mm256_castsi256_ps(_mm256_slli_epi32(codes[i], 28));
+    out[i] = _mm256_or_ps(size, _mm256_and_ps(sign, _mm256_set1_ps(-0.0f)));
+  }
+}
 JAXQ_INLINE void ToU8(uint8_t* p, F v) {
   const __m256i words = _mm256_cvtps_epi32(v);
   const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));

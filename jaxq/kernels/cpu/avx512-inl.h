@@ -54,6 +54,40 @@ JAXQ_INLINE F E8m0Floats(__m128i bytes) {
 }
 JAXQ_INLINE F FromE4m3(const uint8_t* p) { return E4m3Floats(LoadBytes(p)); }
 JAXQ_INLINE F FromE8m0(const uint8_t* p) { return E8m0Floats(LoadBytes(p)); }
+// 16 codes of kBits bits in the lanes' low bits; what lies above them is left there.
+template <int kBits>
+JAXQ_INLINE __m512i PackedCodes(const uint8_t* p) {
+  static_assert(kBits < 8);
+  alignas(64) int32_t shift[16];
+  if constexpr (kBits <= 4) {  // every lane gets the first 4 bytes of the 16 codes, or the last ones
+    int32_t first, last;
+    std::memcpy(&first, p, 4), std::memcpy(&last, p + 2 * kBits - 4, 4);
+    for (int i = 0; i < 16; ++i) shift[i] = i * kBits - (i < 8 ? 0 : 16 * kBits - 32);
+    const __m512i words = _mm512_mask_set1_epi32(_mm512_set1_epi32(first), 0xff00, last);
+    return _mm512_srlv_epi32(words, _mm512_load_si512(shift));
+  } else {  // or the 4 bytes that its code begins in
+    alignas(64) uint8_t from[64];
+    for (int i = 0; i < 64; ++i) from[i] = static_cast<uint8_t>(i / 4 * kBits / 8 + i % 4);
+    for (int i = 0; i < 16; ++i) shift[i] = i * kBits % 8;
+    const __m128i bytes = _mm_maskz_loadu_epi8(static_cast<__mmask16>((1 << 2 * kBits) - 1), p);
+    const __m512i words = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(bytes), _mm512_load_si512(from));
+    return _mm512_srlv_epi32(words, _mm512_load_si512(shift));
+  }
+}
+template <int kBits>
+JAXQ_INLINE void FromPacked(const uint8_t* p, F* out) {
+  if constexpr (kBits <= 4) {  // a table takes 4 bits
+    alignas(64) float values[16];
+    for (int i = 0; i < 16; ++i) values[i] = static_cast<float>(i % (1 << kBits));
+    *out = _mm512_permutexvar_ps(PackedCodes<kBits>(p), _mm512_load_ps(values));
+  } else {
+    *out = _mm512_cvtepi32_ps(_mm512_and_si512(PackedCodes<kBits>(p), _mm512_set1_epi32((1 << kBits) - 1)));
+  }
+}
+JAXQ_INLINE void FromPackedE2m1(const uint8_t* p, F* out) {
+  const F values = _mm512_setr_ps(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12);
+  *out = _mm512_permutexvar_ps(PackedCodes<4>(p), values);
+}
 JAXQ_INLINE void ToU8(uint8_t* p, F v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
 }

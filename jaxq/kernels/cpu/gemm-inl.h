@@ -20,37 +20,42 @@ constexpr int64_t kPassBytes = 8 << 20;  // of x, packed as floats, at a time
 // The scratch of one worker.
 struct PanelScratch {
   float panel[kPanelColumns * kPanelSteps];  // [J / kTileColumns][L][kTileColumns]
-  uint8_t codes[kLanes][kPanelSteps + 64];
+  uint8_t codes[kPanelSteps + 64];
   float scales[kLanes][kPanelSteps / 16], biases[kLanes][kPanelSteps / 16];
 };
 
-// One tile of panels' columns: rows n0 .. n0+kLanes of w, transposed. Rows past the end give zeros.
-template <Kind kKind>
+// Columns n0 .. n0+kLanes of a panel: rows of w, transposed. Rows past the end give zeros.
+template <Kind kKind, int kBits>
 void TransposedColumns(const Weight& weight, int64_t n0, int64_t first, int64_t steps, float* out, PanelScratch* s) {
+  constexpr int64_t kVectors = 16 / kLanes;
   const int64_t g = weight.format.group_size, rows = Least(kLanes, weight.rows - n0);
   for (int64_t r = 0; r < rows; ++r) {
-    weight.Codes(n0 + r, first, steps, s->codes[r]);
     weight.Scales(n0 + r, first / g, steps / g, s->scales[r]);
     weight.Biases(n0 + r, first / g, steps / g, s->biases[r]);
   }
-  for (int64_t k = 0; k < steps; k += kLanes) {
-    F block[kLanes];
+  const uint8_t* w = weight.packed + n0 * weight.row_bytes + first / 8 * kBits;
+  for (int64_t k = 0; k < steps; k += 16, w += 2 * kBits) {
+    const int64_t group = k / g;
+    F block[kVectors][kLanes];
     for (int64_t r = 0; r < kLanes; ++r) {
-      block[r] = r < rows ? Fma(Values<kKind>(s->codes[r] + k), Set1(s->scales[r][k / g]),
-                                Set1(s->biases[r][k / g]))
-                          : Zero();
+      F values[kVectors];
+      if (r < rows) PackedValues<kKind, kBits>(w + r * weight.row_bytes, values);
+      for (int64_t v = 0; v < kVectors; ++v)
+        block[v][r] = r < rows ? Fma(values[v], Set1(s->scales[r][group]), Set1(s->biases[r][group])) : Zero();
     }
-    Transpose(block);
-    for (int64_t i = 0; i < kLanes; ++i) Store(out + (k + i) * kTileColumns, block[i]);
+    for (int64_t v = 0; v < kVectors; ++v) {
+      Transpose(block[v]);
+      for (int64_t i = 0; i < kLanes; ++i) Store(out + (k + v * kLanes + i) * kTileColumns, block[v][i]);
+    }
   }
 }
 
 // panel <- w[first : first+columns, l0 : l0+steps].T
-template <Kind kKind>
+template <Kind kKind, int kBits>
 void TransposedPanel(const Weight& weight, int64_t first, int64_t columns, int64_t l0, int64_t steps, PanelScratch* s) {
   for (int64_t j = 0; j < columns; j += kLanes) {
     float* out = s->panel + j / kTileColumns * kTileColumns * steps + j % kTileColumns;
-    TransposedColumns<kKind>(weight, first + j, l0, steps, out, s);
+    TransposedColumns<kKind, kBits>(weight, first + j, l0, steps, out, s);
   }
   for (int64_t j = RoundUp(columns, kLanes); j % kTileColumns != 0; j += kLanes) {
     float* out = s->panel + j / kTileColumns * kTileColumns * steps + j % kTileColumns;
@@ -66,14 +71,14 @@ void PlainPanel(const Weight& weight, int64_t first, int64_t columns, int64_t l0
   for (int64_t l = 0; l < steps; ++l) {
     // Short pieces of many rows, which the hardware does not foresee. (An address past the end does nothing.)
     __builtin_prefetch(weight.packed + (l0 + l) * weight.row_bytes + first / 8 * weight.format.bits + ahead);
-    weight.Codes(l0 + l, first, columns, s->codes[0]);
+    weight.Codes(l0 + l, first, columns, s->codes);
     weight.Scales(l0 + l, first / g, columns / g, s->scales[0]);
     weight.Biases(l0 + l, first / g, columns / g, s->biases[0]);
     const auto at = [&](int64_t j) { return s->panel + (j / kTileColumns * steps + l) * kTileColumns + j % kTileColumns; };
     for (int64_t group = 0; group < columns / g; ++group) {
       const F scale = Set1(s->scales[0][group]), bias = Set1(s->biases[0][group]);
       for (int64_t j = group * g; j < (group + 1) * g; j += kLanes)
-        Store(at(j), Fma(Values<kKind>(s->codes[0] + j), scale, bias));
+        Store(at(j), Fma(Values<kKind>(s->codes + j), scale, bias));
     }
     for (int64_t j = columns; j % kTileColumns != 0; j += kLanes) Store(at(j), Zero());
   }
@@ -137,9 +142,9 @@ void MultiplyColumns(const MatmulArgs& args, const Weight& weight, int64_t j0, i
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t first = j0 + p * kPanelColumns, columns = Least(kPanelColumns, j0 + width - first);
       const int64_t ahead = p + 1 < panels ? panel_bytes : kPanelSteps * weight.row_bytes - p * panel_bytes;
-      WithKind(weight.kind, [&](auto kind) {
+      WithCodes(weight, [&](auto kind, auto bits) {
         if (args.transpose)
-          TransposedPanel<decltype(kind)::value>(weight, first, columns, l, steps, s);
+          TransposedPanel<decltype(kind)::value, decltype(bits)::value>(weight, first, columns, l, steps, s);
         else
           PlainPanel<decltype(kind)::value>(weight, first, columns, l, steps, ahead, s);
       });

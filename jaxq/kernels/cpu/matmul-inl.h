@@ -1,7 +1,7 @@
 // quantized_matmul in float32 over the vector type of simd-inl.h: any format, any sizes.
 //
-//   few rows of x, transpose=True:   DotRows. Codes are unpacked into the first-level cache and multiplied along K;
-//                                    a group's sum is scaled once, and its bias meets the group's sum of x.
+//   few rows of x, transpose=True:   DotRows. Codes become floats in registers and are multiplied along K; a group's
+//                                    sum is scaled once, and its bias meets the group's sum of x.
 //   few rows of x, transpose=False:  SumColumns. The scale goes into x: y += (x*scale) * codes, along K again.
 //   more rows:                       a blocked matrix product: a panel of w, some 128 columns of the result by 256
 //                                    steps of the sum, is dequantized into the second-level cache, and used for all x.
@@ -15,20 +15,17 @@ namespace jaxq::cpu {
 namespace JAXQ_ISA {
 namespace {
 
-constexpr int64_t kFewRows = 4;
+constexpr int64_t kFewRows = 16;
 
 // ---- transpose=True, few rows
 
-constexpr int64_t kDotBlock = 1024;  // codes at a time
+constexpr int64_t kDotBlock = 4096;  // codes whose scales are converted at a time
 constexpr int64_t kDotAhead = 8192;  // bytes of w from what is read to what is fetched: the time that memory takes
-// Rows of w at a time: sums that do not wait for each other, four at least, as long as an addition takes.
-constexpr int64_t DotRowsAtATime(int m) { return m == 1 ? 4 : 2; }
-constexpr int64_t kDotTask = 32;     // rows of w per task
-
-struct DotScratch {
-  uint8_t codes[DotRowsAtATime(1)][kDotBlock + 64];
-  float scales[kDotBlock / 16], biases[kDotBlock / 16];
-};
+// Rows of w at a time: sums that do not wait for each other, four at least, as long as an addition takes; and as many
+// as fit into 16 registers where vectors are 8 long, else into 32.
+constexpr int64_t DotRowsAtATime(int m) { return m <= 2 || kLanes != 8 ? 4 : 2; }
+constexpr int64_t kDotTask = 32;  // rows of w per task
+constexpr int64_t kDotTile = 4;   // rows of x at a time at most: with more, registers run out
 
 // sum_g bias[g] * xsum[g], as part of a vector of partial sums.
 JAXQ_INLINE F DotGroups(const float* a, const float* b, int64_t count, F sum) {
@@ -39,33 +36,39 @@ JAXQ_INLINE F DotGroups(const float* a, const float* b, int64_t count, F sum) {
   return Add(sum, Load(rest));
 }
 
-// kM rows of x by rows n .. n+rows of w (DotRowsAtATime(kM) at most). x: float[kM, K], xsum: float[kM, G].
-template <Kind kKind, int kM>
+// A function of its own, since the compiler would copy all of it into each of those below.
+__attribute__((noinline)) void DotScales(const Weight& weight, int64_t row, int64_t first, int64_t count, float* scales,
+                                         float* biases) {
+  weight.Scales(row, first, count, scales);
+  if (weight.format.affine()) weight.Biases(row, first, count, biases);
+}
+
+// kM rows of x by rows n .. n+rows of w (DotRowsAtATime(kM) at most), to rows m0 .. m0+kM of y.
+// x: float[kM, K], xsum: float[kM, G].
+template <Kind kKind, int kBits, int kM>
 void DotBlock(const MatmulArgs& args, const Weight& weight, int64_t n, int64_t rows, const float* x, const float* xsum,
-              DotScratch* scratch) {
-  constexpr int64_t kRows = DotRowsAtATime(kM);
+              int64_t m0) {
+  constexpr int64_t kRows = DotRowsAtATime(kM), kVectors = 16 / kLanes;
   const int64_t g = weight.format.group_size, per_block = kDotBlock / g, groups = weight.groups, K = weight.length;
-  float scales[kRows][kDotBlock / 16];
+  float scales[kRows][kDotBlock / 16], biases[kDotBlock / 16];
+  const uint8_t* w[kRows];
   F totals[kRows][kM];
   JAXQ_UNROLL
-  for (auto& row : totals)
+  for (int64_t r = 0; r < kRows; ++r) {
+    w[r] = weight.packed + (n + Least(r, rows - 1)) * weight.row_bytes;
     JAXQ_UNROLL
-    for (F& total : row) total = Zero();
+    for (F& total : totals[r]) total = Zero();
+  }
   for (int64_t group = 0; group < groups; group += per_block) {
     const int64_t count = Least(per_block, groups - group);
     JAXQ_UNROLL
     for (int64_t r = 0; r < kRows; ++r) {
       const int64_t row = n + Least(r, rows - 1);
-      const int64_t group_bytes = g / 8 * weight.format.bits;
-      const uint8_t* ahead = weight.packed + row * weight.row_bytes + group * group_bytes + kDotAhead;
-      for (int64_t i = 0; i < count * group_bytes; i += 64) __builtin_prefetch(ahead + i, 0, 2);
-      weight.Codes(row, group * g, count * g, scratch->codes[r]);
-      weight.Scales(row, group, count, scales[r]);
+      weight.FetchScales(row + kRows, group, count);
+      DotScales(weight, row, group, count, scales[r], biases);
       if (!weight.format.affine()) continue;
-      weight.Biases(row, group, count, scratch->biases);
       JAXQ_UNROLL
-      for (int m = 0; m < kM; ++m)
-        totals[r][m] = DotGroups(scratch->biases, xsum + m * groups + group, count, totals[r][m]);
+      for (int m = 0; m < kM; ++m) totals[r][m] = DotGroups(biases, xsum + m * groups + group, count, totals[r][m]);
     }
     for (int64_t j = 0; j < count; ++j) {
       F sums[kRows][kM];
@@ -73,13 +76,20 @@ void DotBlock(const MatmulArgs& args, const Weight& weight, int64_t n, int64_t r
       for (auto& row : sums)
         JAXQ_UNROLL
         for (F& sum : row) sum = Zero();
+      JAXQ_UNROLL
+      for (int64_t r = 0; r < kRows; ++r)
+        for (int64_t i = 0; i < g / 8 * kBits; i += 64) __builtin_prefetch(w[r] + kDotAhead + i, 0, 2);
       const float* xg = x + (group + j) * g;
-      for (int64_t i = 0; i < g; i += kLanes) {
+      for (int64_t i = 0; i < g; i += 16) {
         JAXQ_UNROLL
         for (int64_t r = 0; r < kRows; ++r) {
-          const F values = Values<kKind>(scratch->codes[r] + j * g + i);
+          F values[kVectors];
+          PackedValues<kKind, kBits>(w[r], values);
+          w[r] += 2 * kBits;
           JAXQ_UNROLL
-          for (int m = 0; m < kM; ++m) sums[r][m] = Fma(values, Load(xg + m * K + i), sums[r][m]);
+          for (int64_t v = 0; v < kVectors; ++v)
+            JAXQ_UNROLL
+            for (int m = 0; m < kM; ++m) sums[r][m] = Fma(values[v], Load(xg + m * K + i + v * kLanes), sums[r][m]);
         }
       }
       JAXQ_UNROLL
@@ -90,20 +100,24 @@ void DotBlock(const MatmulArgs& args, const Weight& weight, int64_t n, int64_t r
   }
   for (int64_t r = 0; r < rows; ++r)
     JAXQ_UNROLL
-    for (int m = 0; m < kM; ++m) StoreAs(args.x_dtype, args.y, m * args.N + n + r, Sum(totals[r][m]));
+    for (int m = 0; m < kM; ++m) StoreAs(args.x_dtype, args.y, (m0 + m) * args.N + n + r, Sum(totals[r][m]));
 }
 
-template <Kind kKind, int kM>
+// Rows first .. last of w by rows m .. m+height of x.
+template <Kind kKind, int kBits, int kM>
 void DotRows(const MatmulArgs& args, const Weight& weight, int64_t first, int64_t last, const float* x,
-             const float* xsum) {
+             const float* xsum, int64_t m, int64_t height) {
+  if (height < kM) {
+    if constexpr (kM > 1) DotRows<kKind, kBits, kM - 1>(args, weight, first, last, x, xsum, m, height);
+    return;
+  }
   constexpr int64_t kRows = DotRowsAtATime(kM);
-  DotScratch scratch;
   for (int64_t n = first; n < last; n += kRows)
-    DotBlock<kKind, kM>(args, weight, n, Least(kRows, last - n), x, xsum, &scratch);
+    DotBlock<kKind, kBits, kM>(args, weight, n, Least(kRows, last - n), x + m * args.K, xsum + m * weight.groups, m);
 }
 
 Outcome MatmulDot(const MatmulArgs& args, const Weight& weight, const Parallel& parallel) {
-  const int64_t g = weight.format.group_size, groups = weight.groups;
+  const int64_t g = weight.format.group_size, groups = weight.groups, tiles = Ceil(args.M, kDotTile);
   const Scratch scratch(Room<float>(args.M * args.K) + Room<float>(args.M * groups));
   if (!scratch.ok()) return Outcome::kNoMemory;
   char* cursor = scratch.data();
@@ -117,12 +131,11 @@ Outcome MatmulDot(const MatmulArgs& args, const Weight& weight, const Parallel& 
   }
   parallel.For(Ceil(args.N, kDotTask), [&](int64_t task, int) {
     const int64_t first = task * kDotTask, last = Least(args.N, first + kDotTask);
-    WithKind(weight.kind, [&](auto kind) {
-      constexpr Kind k = decltype(kind)::value;
-      if (args.M == 1) DotRows<k, 1>(args, weight, first, last, x, xsum);
-      if (args.M == 2) DotRows<k, 2>(args, weight, first, last, x, xsum);
-      if (args.M == 3) DotRows<k, 3>(args, weight, first, last, x, xsum);
-      if (args.M == 4) DotRows<k, 4>(args, weight, first, last, x, xsum);
+    WithCodes(weight, [&](auto kind, auto bits) {
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t m = tile * args.M / tiles, height = (tile + 1) * args.M / tiles - m;
+        DotRows<decltype(kind)::value, decltype(bits)::value, kDotTile>(args, weight, first, last, x, xsum, m, height);
+      }
     });
   });
   return Outcome::kDone;

@@ -54,6 +54,26 @@ JAXQ_INLINE F FromE8m0(const uint8_t* p) {
   const float values[4] = {FloatOfE8m0(p[0]), FloatOfE8m0(p[1]), FloatOfE8m0(p[2]), FloatOfE8m0(p[3])};
   return vld1q_f32(values);
 }
+// Every four codes lie in 4 bytes, which end with those of all 16 at the latest.
+template <int kBits>
+JAXQ_INLINE void FromPacked(const uint8_t* p, F out[4]) {
+  static_assert(kBits < 8);
+  JAXQ_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const int bit = 4 * i * kBits, byte = bit / 8 < 2 * kBits - 4 ? bit / 8 : 2 * kBits - 4, shift = bit - 8 * byte;
+    const int32_t left[4] = {-shift, -shift - kBits, -shift - 2 * kBits, -shift - 3 * kBits};
+    const uint32x4_t codes = vshlq_u32(vdupq_n_u32(FourBytes(p + byte)), vld1q_s32(left));
+    out[i] = vcvtq_f32_u32(vandq_u32(codes, vdupq_n_u32((1u << kBits) - 1)));
+  }
+}
+JAXQ_INLINE void FromPackedE2m1(const uint8_t* p, F out[4]) {
+  const uint8x8_t bytes = vld1_u8(p), low = vand_u8(bytes, vdup_n_u8(15)), high = vshr_n_u8(bytes, 4);
+  const uint8x16_t codes = vcombine_u8(vzip1_u8(low, high), vzip2_u8(low, high));
+  int8_t twice[16];
+  vst1q_s8(twice, vqtbl1q_s8(vld1q_s8(kTwiceE2m1), codes));
+  JAXQ_UNROLL
+  for (int i = 0; i < 4; ++i) out[i] = FromS8(twice + 4 * i);
+}
 JAXQ_INLINE void ToU8(uint8_t* p, F v) {
   const uint16x4_t halves = vmovn_u32(vcvtq_u32_f32(v));
   const uint32_t word = vget_lane_u32(vreinterpret_u32_u8(vmovn_u16(vcombine_u16(halves, halves))), 0);

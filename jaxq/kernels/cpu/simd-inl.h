@@ -8,6 +8,8 @@
 //   LoadF16(p) LoadBf16(p) StoreF16(p, v) StoreBf16(p, v)   uint16_t in memory, rounded to nearest even
 //   FromU8(p) FromS8(p)           kLanes bytes as floats
 //   FromE4m3(p) FromE8m0(p)       kLanes bytes in those formats as floats, NaNs included
+//   FromPacked<bits>(p, v) FromPackedE2m1(p, v)   16 codes of fewer than 8 bits, 2*bits bytes, as 16/kLanes vectors of
+//                                 floats; E2M1 as twice the values
 //   ToU8(p, v)                    kLanes floats, whole numbers in [0, 255], as bytes
 //   Add Sub Mul Div Min Max Abs Round (to nearest even)   Fma(a, b, c) = a*b + c, rounded once
 //   Sum(v) MinOf(v) MaxOf(v)      over the lanes
@@ -150,6 +152,14 @@ struct Weight {
     if (format.affine()) return ToFloats(scale_dtype, biases, row * groups + first, count, out);
     for (int64_t i = 0; i < count; ++i) out[i] = 0.0f;
   }
+  // Both, into the first-level cache. (An address past the end does nothing.)
+  JAXQ_INLINE void FetchScales(int64_t row, int64_t first, int64_t count) const {
+    const int64_t size = format.affine() ? SizeOf(scale_dtype) : 1, at = (row * groups + first) * size;
+    for (int64_t i = 0; i < count * size; i += 64) {
+      __builtin_prefetch(static_cast<const char*>(scales) + at + i);
+      if (format.affine()) __builtin_prefetch(static_cast<const char*>(biases) + at + i);
+    }
+  }
 };
 
 template <Kind kKind>
@@ -157,6 +167,19 @@ JAXQ_INLINE F Values(const uint8_t* codes) {
   if constexpr (kKind == Kind::kUnsigned) return FromU8(codes);
   if constexpr (kKind == Kind::kTwiceE2m1) return FromS8(reinterpret_cast<const int8_t*>(codes));
   return FromE4m3(codes);
+}
+
+// 16 codes of kBits bits, in order, as they lie in w.
+template <Kind kKind, int kBits>
+JAXQ_INLINE void PackedValues(const uint8_t* w, F* out) {
+  if constexpr (kKind == Kind::kTwiceE2m1) {
+    FromPackedE2m1(w, out);
+  } else if constexpr (kBits < 8) {
+    FromPacked<kBits>(w, out);
+  } else {
+    JAXQ_UNROLL
+    for (int64_t i = 0; i < 16 / kLanes; ++i) out[i] = Values<kKind>(w + i * kLanes);
+  }
 }
 
 // Calls body with the kind as a compile-time constant.
@@ -174,6 +197,33 @@ JAXQ_INLINE void WithKind(Kind kind, Body&& body) {
       return body(KindConstant<Kind::kTwiceE2m1>{});
     case Kind::kE4m3:
       return body(KindConstant<Kind::kE4m3>{});
+  }
+}
+
+template <int kBits>
+struct BitsConstant {
+  static constexpr int value = kBits;
+};
+
+// The same with the number of bits.
+template <typename Body>
+JAXQ_INLINE void WithCodes(const Weight& weight, Body&& body) {
+  if (weight.kind == Kind::kTwiceE2m1) return body(KindConstant<Kind::kTwiceE2m1>{}, BitsConstant<4>{});
+  if (weight.kind == Kind::kE4m3) return body(KindConstant<Kind::kE4m3>{}, BitsConstant<8>{});
+  constexpr KindConstant<Kind::kUnsigned> kUnsigned;
+  switch (weight.format.bits) {
+    case 2:
+      return body(kUnsigned, BitsConstant<2>{});
+    case 3:
+      return body(kUnsigned, BitsConstant<3>{});
+    case 4:
+      return body(kUnsigned, BitsConstant<4>{});
+    case 5:
+      return body(kUnsigned, BitsConstant<5>{});
+    case 6:
+      return body(kUnsigned, BitsConstant<6>{});
+    default:
+      return body(kUnsigned, BitsConstant<8>{});
   }
 }
 
