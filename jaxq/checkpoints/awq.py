@@ -93,12 +93,16 @@ def _spread(nibbles: np.ndarray) -> np.ndarray:
 
 def _read(layer: Layer, abstract: QuantizedArray) -> list[np.ndarray]:
     leaves = empty_together(abstract.leaves)
-    for rows, words in zero_points.pieces(layer.parts["qweight"], 128):  # a cache line of ours
-        if repack.available():
-            repack.awq(words, leaves[0][:, rows.start // 8 : rows.stop // 8])
-            continue
-        for first in range(0, words.shape[1], _WORDS):
-            outputs = slice(8 * first, 8 * (first + _WORDS))
-            leaves[0][outputs, rows.start // 8 : rows.stop // 8] = _repack(words[:, first : first + _WORDS])
+    if repack.available():
+        zero_points.repack_words(layer, "awq", leaves[0])
+    else:
+        _repack_numpy(layer.parts["qweight"], leaves[0])
     layer.affine(leaves[1:], order="awq", less=0, unpack=_unpack, exact=False)
     return leaves
+
+
+def _repack_numpy(qweight: Tensor, out: np.ndarray) -> None:
+    for rows, words in zero_points.pieces(qweight, 128):  # a cache line of ours
+        for first in range(0, words.shape[1], _WORDS):
+            outputs = slice(8 * first, 8 * (first + _WORDS))
+            out[outputs, rows.start // 8 : rows.stop // 8] = _repack(words[:, first : first + _WORDS])

@@ -127,9 +127,18 @@ class Source:
         done = 0
         while done < len(view):
             got = self._read_some(view[done : done + _READ_BYTES], offset + done)
-            if not got:
-                raise refuse(self.path, f"ends at byte {offset + done}; it was longer when it was opened")
+            self.check_read(offset + done, got, 1)
             done += got
+
+    @property
+    def descriptor(self) -> int:
+        """The file's, for who reads it otherwise; closed with the last reference to the source."""
+        return self._file.fileno()
+
+    def check_read(self, offset: int, got: int, due: int, name: str | None = None) -> None:
+        """Raise CheckpointError where reading from `offset` on gave fewer bytes than are due, for tensor `name`."""
+        if got < due:
+            raise refuse(self.path, f"ends at byte {offset + got}; it was longer when it was opened", name)
 
     def _read_some(self, view: memoryview, offset: int) -> int:
         if hasattr(os, "preadv"):

@@ -66,7 +66,7 @@ _MAX_NESTING = 8
 _MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
 # Bytes of a file that are repacked at a time: compiled, and in NumPy, whose temporaries would leave the caches, and be
 # new pages each time.
-_CHUNK, _NUMPY_CHUNK = 1 << 20, 1 << 15
+_CHUNK, _NUMPY_CHUNK = 1 << 19, 1 << 15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,22 +267,37 @@ def _read_dense(info: Info, abstract: jax.ShapeDtypeStruct) -> np.ndarray:
 
 def _read_blocks(info: Info, block: BlockType, abstract: QuantizedArray) -> list[np.ndarray]:
     """packed, scales and biases, a few blocks at a time, so that nothing beside them is ever whole in memory."""
-    spec, compiled = block.spec, repack.available()
     leaves = empty_together(abstract.leaves)
     # A row is whole blocks, so the blocks of all rows are one long row.
     flat = [leaf.reshape(-1) for leaf in leaves]
-    each = [spec.words(block.block), *[spec.groups(block.block)] * (len(leaves) - 1)]
-    for start, blocks in _chunks(info, block.nbytes, _CHUNK if compiled else _NUMPY_CHUNK):
-        stop = start + len(blocks)
-        out = [leaf[start * n : stop * n] for leaf, n in zip(flat, each, strict=True)]
-        if compiled:
-            fits = repack.blocks(info.type, blocks, out, weights=block.block, spec=spec)
-        else:
-            fits = block.repack(blocks, out)
-        if not fits:
-            what = "its scales or biases are beyond float16; pass scale_dtype=float32"
-            raise refuse(info.source.path, what, info.name)
+    if not (_repack_compiled if repack.available() else _repack_numpy)(info, block, flat):
+        what = "its scales or biases are beyond float16; pass scale_dtype=float32"
+        raise refuse(info.source.path, what, info.name)
     return leaves
+
+
+def _repack_compiled(info: Info, block: BlockType, leaves: list[np.ndarray]) -> bool:
+    done, fits = repack.file_blocks(
+        info.type,
+        info.source.descriptor,
+        info.offset,
+        leaves,
+        nbytes=block.nbytes,
+        weights=block.block,
+        spec=block.spec,
+        batch=max(_CHUNK // block.nbytes, 1),
+    )
+    info.source.check_read(info.offset, done * block.nbytes, info.nbytes, info.name)
+    return fits
+
+
+def _repack_numpy(info: Info, block: BlockType, leaves: list[np.ndarray]) -> bool:
+    each = [block.spec.words(block.block), *[block.spec.groups(block.block)] * (len(leaves) - 1)]
+    fits = True
+    for start, blocks in _chunks(info, block.nbytes, _NUMPY_CHUNK):
+        stop = start + len(blocks)
+        fits &= block.repack(blocks, [leaf[start * n : stop * n] for leaf, n in zip(leaves, each, strict=True)])
+    return fits
 
 
 def _chunks(info: Info, block_bytes: int, chunk: int) -> Iterator[tuple[int, np.ndarray]]:

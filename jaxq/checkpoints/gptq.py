@@ -121,10 +121,10 @@ def _zeros(words: np.ndarray, bits: int, version: int) -> np.ndarray:
 
 def _read(layer: Layer, version: int, abstract: QuantizedArray, exact: bool) -> list[np.ndarray]:
     leaves = empty_together(abstract.leaves)
-    for rows, words in zero_points.pieces(layer.parts["qweight"], 16):  # of a cache line each
-        if repack.available():
-            repack.transpose(words, leaves[0][:, rows])
-        else:
+    if repack.available():
+        zero_points.repack_words(layer, "gptq", leaves[0])
+    else:
+        for rows, words in zero_points.pieces(layer.parts["qweight"], 16):  # of a cache line each
             leaves[0][:, rows] = words.view(np.uint32).T
     unpack_zeros = functools.partial(_zeros, bits=layer.bits, version=version)
     layer.affine(leaves[1:], order="gptq", less=_LESS[version], unpack=unpack_zeros, exact=exact)

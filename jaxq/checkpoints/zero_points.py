@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +23,6 @@ from jaxq.checkpoints.safetensors import Tensor
 from jaxq.kernels import repack
 from jaxq.spec import QuantSpec
 
-Order = Literal["gptq", "awq"]
 PARTS = ("qweight", "qzeros", "scales")
 _GROUPS = (128, 64, 32, 16)
 _FLOATS = ("float16", "bfloat16", "float32")
@@ -69,7 +68,7 @@ class Layer:
         self,
         out: Sequence[np.ndarray],
         *,
-        order: Order,
+        order: repack.Order,
         less: int,
         unpack: Callable[[np.ndarray], np.ndarray],
         exact: bool,
@@ -182,15 +181,28 @@ def make_entry(layer: Layer, scale_dtype: np.dtype | None, kind: str, read: Call
     return Entry(abstract, kind, layer.stored_bytes, lambda: read(abstract))
 
 
+def repack_words(layer: Layer, order: repack.Order, out: np.ndarray) -> None:
+    """Fill `out` with the layer's packed words, by the compiled library. A batch of rows is a cache line of `out`."""
+    qweight, multiple = layer.parts["qweight"], {"gptq": 16, "awq": 128}[order]
+    batch = _rows_at_a_time(qweight, multiple)
+    rows, columns = qweight.shape
+    done = repack.file_words(order, qweight.source.descriptor, qweight.offset, (rows, columns), out, batch=batch)
+    qweight.source.check_read(qweight.offset, done * 4 * columns, qweight.nbytes, qweight.name)
+
+
 def pieces(qweight: Tensor, multiple: int) -> Iterator[tuple[slice, np.ndarray]]:
     """(rows, these rows, until the next ones are asked for) over a tensor, a multiple of so many rows at a time."""
     total, width = qweight.shape
-    step = max(_PIECE // (4 * width) // multiple, 1) * multiple
+    step = _rows_at_a_time(qweight, multiple)
     buffer = empty((min(step, total), width), qweight.dtype)
     for start in range(0, total, step):
         words = buffer[: total - start]
         qweight.read_rows_into(words, start)
         yield slice(start, start + len(words)), words
+
+
+def _rows_at_a_time(qweight: Tensor, multiple: int) -> int:
+    return max(_PIECE // (4 * qweight.shape[1]) // multiple, 1) * multiple
 
 
 # ---- configs

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from collections.abc import Sequence
 from typing import Literal
 
@@ -17,10 +18,17 @@ import numpy as np
 from jaxq import kernels
 from jaxq.spec import QuantSpec
 
+Order = Literal["gptq", "awq"]
+
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 # name -> (result, arguments)
 _FUNCTIONS = {
     "blocks": (_INT, [_INT, ctypes.c_char_p, *[_INT] * 4, _POINTER, _SIZE, *[_POINTER] * 3, _INT]),
+    "file_blocks": (
+        _SIZE,
+        [_INT, ctypes.c_char_p, *[_INT] * 5, *[_SIZE] * 3, *[_POINTER] * 3, _INT, ctypes.POINTER(_INT)],
+    ),
+    "file_words": (_SIZE, [*[_INT] * 3, *[_SIZE] * 4, _POINTER, _SIZE]),
     "transpose": (None, [_INT, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE]),
     "awq": (None, [_INT, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE]),
     "groups": (_INT, [_INT, _POINTER, _INT, _POINTER, *[_INT] * 3, *[_SIZE] * 3, _POINTER, _POINTER, _SIZE, _INT]),
@@ -69,20 +77,61 @@ def blocks(
     Returns:
       Whether every finite scale and bias is finite in float16, where that is their dtype.
     """
-    n = len(blocks)
-    _check(blocks, (n, blocks.shape[-1]), np.uint8)
+    _check(blocks, (len(blocks), blocks.shape[-1]), np.uint8)
+    form, out = _block_arguments(type, blocks.shape[-1], len(blocks), leaves, weights, spec)
+    return _fits(_call("blocks", portable, *form, blocks.ctypes.data, len(blocks), *out), form)
+
+
+def file_blocks(
+    type: str,
+    file: int,
+    offset: int,
+    leaves: Sequence[np.ndarray],
+    *,
+    nbytes: int,
+    weights: int,
+    spec: QuantSpec,
+    batch: int,
+    portable: bool = False,
+) -> tuple[int, bool]:
+    """`blocks` of a file, as many as fill `leaves`, in one call that holds no lock of Python's.
+
+    Args:
+      file: its descriptor.
+      offset: where the blocks begin.
+      nbytes: of a block.
+      batch: so many blocks are read at a time.
+
+    Returns:
+      How many blocks were repacked, fewer where the file ends before; and what `blocks` returns.
+
+    Raises:
+      OSError: the file can't be read.
+    """
+    n = leaves[0].size // spec.words(weights)
+    form, out = _block_arguments(type, nbytes, n, leaves, weights, spec)
+    outcome = _INT()
+    done = _call("file_blocks", portable, *form, file, offset, n, _batch(batch), *out, ctypes.byref(outcome))
+    return _done(done), _fits(outcome.value, form)
+
+
+def _block_arguments(
+    type: str, nbytes: int, n: int, leaves: Sequence[np.ndarray], weights: int, spec: QuantSpec
+) -> tuple[tuple[object, ...], tuple[object, ...]]:
+    """What the library takes for a type and its sizes, and for the leaves of n blocks of it."""
     _check(leaves[0], (n * spec.words(weights),), np.uint32)
     for leaf in leaves[1:]:
         _check(leaf, (n * spec.groups(weights),), leaves[1].dtype)
     if len(leaves) != (3 if spec.is_affine else 2) or (leaves[1].dtype == np.uint8) == spec.is_affine:
         raise ValueError(f"blocks: {len(leaves)} leaves, scales of {leaves[1].dtype}, for {spec}")
-    sizes = blocks.shape[-1], weights, spec.bits, spec.group_size
     addresses = [leaf.ctypes.data for leaf in leaves] + [None] * (3 - len(leaves))
-    dtype = _DTYPES[leaves[1].dtype]
-    result = _call("blocks", portable, type.encode(), *sizes, blocks.ctypes.data, n, *addresses, dtype)
-    if result < 0:
-        raise ValueError(f"blocks: type={type!r} of blocks of {sizes[0]} bytes, {weights} weights, is not known")
-    return result == 0
+    return (type.encode(), nbytes, weights, spec.bits, spec.group_size), (*addresses, _DTYPES[leaves[1].dtype])
+
+
+def _fits(outcome: int, form: Sequence[object]) -> bool:
+    if outcome < 0:
+        raise ValueError(f"blocks: type={form[0]!r} of blocks of {form[1]} bytes, {form[2]} weights, is not known")
+    return outcome == 0
 
 
 def transpose(words: np.ndarray, out: np.ndarray, *, portable: bool = False) -> None:
@@ -102,13 +151,38 @@ def awq(words: np.ndarray, out: np.ndarray, *, portable: bool = False) -> None:
     _call("awq", portable, words.ctypes.data, inputs // 8, columns, *_target(out, (8 * columns, inputs // 8)))
 
 
+def file_words(
+    order: Order, file: int, offset: int, shape: tuple[int, int], out: np.ndarray, *, batch: int, portable: bool = False
+) -> int:
+    """`transpose` ("gptq") or `awq` of int32[shape] in a file, in one call that holds no lock of Python's.
+
+    Args:
+      file: its descriptor.
+      offset: where the words begin.
+      out: as theirs.
+      batch: so many rows are read at a time, a multiple of 8.
+
+    Returns:
+      How many rows were repacked, fewer where the file ends before.
+
+    Raises:
+      OSError: the file can't be read.
+    """
+    rows, columns = shape
+    if batch % 8 or (order == "awq" and rows % 8):
+        raise ValueError(f"file_words: {rows} rows, {batch} at a time, are no multiple of 8")
+    due = (8 * columns, rows // 8) if order == "awq" else (columns, rows)
+    target = _target(out, due)
+    return _done(_call("file_words", portable, int(order == "awq"), file, offset, *shape, _batch(batch), *target))
+
+
 def groups(
     scales: np.ndarray,
     zeros: np.ndarray,
     out: Sequence[np.ndarray],
     *,
     bits: int,
-    order: Literal["gptq", "awq"],
+    order: Order,
     less: int,
     repeats: int,
     portable: bool = False,
@@ -147,6 +221,18 @@ def groups(
 
 def _call(name: str, portable: bool, *arguments: object) -> int:
     return getattr(_library(), f"jaxq_repack_{name}")(int(portable), *arguments)
+
+
+def _batch(batch: int) -> int:
+    if batch < 1:
+        raise ValueError(f"repack: batch={batch}; 1 at least is due")
+    return batch
+
+
+def _done(done: int) -> int:
+    if done < 0:
+        raise OSError(-done, os.strerror(-done))
+    return done
 
 
 def _check(array: np.ndarray, shape: tuple[int, ...], dtype: np.dtype | type) -> None:

@@ -1,5 +1,7 @@
 """The compiled repacking makes the bits of the NumPy code, which test_gguf.py and test_gptq_awq.py hold to oracles."""
 
+import os
+
 import jax
 import ml_dtypes
 import numpy as np
@@ -38,8 +40,8 @@ def new_leaves(block, n, dtype):
 def test_blocks(name, portable):
     block = BLOCKS[name]
     dtypes = [np.float32, np.float16, ml_dtypes.bfloat16] if block.spec.is_affine else [np.uint8]
-    # Around the strips of 1024 weights: less than one, whole ones, and a rest.
-    for n in (1, 3, 1024 // block.block, 3 * 1024 // block.block + 1):
+    # Around the strips of 2048 weights: less than one, whole ones, and a rest.
+    for n in (1, 3, 2048 // block.block, 3 * 2048 // block.block + 1):
         data = test_gguf.blocks(name, (n, block.block), seed=n)
         for dtype in dtypes:
             whole, leaves = new_leaves(block, n, dtype)
@@ -155,6 +157,85 @@ def test_groups_that_are_not_numbers(portable):
     call = {"bits": 4, "order": "gptq", "less": 0, "repeats": 1, "portable": portable}
     assert repack.groups(scales, zeros, out, **call) == "rounded"
     assert repack.groups(np.full((1, 32), 3.4e38, np.float32), zeros, out, **call) == "beyond"
+
+
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize("batch", [1, 5, 17, 100])
+def test_blocks_of_a_file(tmp_path, batch, portable):
+    """As many as there are places for, from some byte on, whatever the batch; and those before a file's end."""
+    block, data = BLOCKS["Q4_K"], test_gguf.blocks("Q4_K", (17, 256))
+    (tmp_path / "x").write_bytes(b"abc" + data.tobytes() + b"more")
+    call = {"nbytes": block.nbytes, "weights": 256, "spec": block.spec, "batch": batch, "portable": portable}
+    whole, leaves = new_leaves(block, 17, np.float32)
+    _, expected = new_leaves(block, 17, np.float32)
+    assert block.repack(data, expected)
+    with open(tmp_path / "x", "rb") as file:
+        assert repack.file_blocks("Q4_K", file.fileno(), 3, leaves, **call) == (17, True)
+        assert all(map(same_bits, leaves, expected))
+        assert all(np.all(leaf[-16:] == 77) for leaf in whole)
+        os.truncate(tmp_path / "x", 3 + 12 * block.nbytes - 1)
+        assert repack.file_blocks("Q4_K", file.fileno(), 3, leaves, **call) == (11 // batch * batch, True)
+        assert repack.file_blocks("Q4_K", file.fileno(), 1 << 40, leaves, **call) == (0, True)
+        with pytest.raises(ValueError, match="is not known"):
+            repack.file_blocks("Q4_K", file.fileno(), 3, leaves, **(call | {"nbytes": 143}))
+        with pytest.raises(ValueError, match="batch=0"):
+            repack.file_blocks("Q4_K", file.fileno(), 3, leaves, **(call | {"batch": 0}))
+        with pytest.raises(ValueError, match="is due"):
+            repack.file_blocks("Q4_K", file.fileno(), 3, [leaves[0][:-1], *leaves[1:]], **call)
+    with pytest.raises(OSError, match="Bad file"):
+        repack.file_blocks("Q4_K", -1, 3, leaves, **call)
+
+
+def test_blocks_of_a_file_beyond_float16(tmp_path):
+    """That one batch does not fit is told, whatever comes after it."""
+    data = np.zeros((3, 34), np.uint8)
+    data[1, :2] = np.array([1000], np.float16).view(np.uint8)  # its bias is -128 times that
+    (tmp_path / "x").write_bytes(data.tobytes())
+    call = {"nbytes": 34, "weights": 32, "spec": BLOCKS["Q8_0"].spec, "batch": 1}
+    with open(tmp_path / "x", "rb") as file:
+        for dtype, fits in ((np.float16, False), (np.float32, True)):
+            _, leaves = new_leaves(BLOCKS["Q8_0"], 3, dtype)
+            assert repack.file_blocks("Q8_0", file.fileno(), 0, leaves, **call) == (3, fits)
+
+
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize("batch", [8, 16, 128, 1000])
+@pytest.mark.parametrize("order", ["gptq", "awq"])
+def test_words_of_a_file(tmp_path, order, batch, portable):
+    words = np.random.default_rng(0).integers(-(2**31), 2**31, (264, 33)).astype(np.int32)
+    (tmp_path / "x").write_bytes(b"abc" + words.tobytes() + b"more")
+    expected = awq._repack(words) if order == "awq" else words.view(np.uint32).T
+    whole = np.full((len(expected), expected.shape[1] + 7), 77, np.uint32)
+    call = {"batch": batch, "portable": portable}
+    with open(tmp_path / "x", "rb") as file:
+        assert repack.file_words(order, file.fileno(), 3, words.shape, whole[:, 3:-4], **call) == 264
+        assert same_bits(whole[:, 3:-4], expected)
+        assert np.all(whole[:, :3] == 77) and np.all(whole[:, -4:] == 77)
+        os.truncate(tmp_path / "x", 3 + words.nbytes - 1)
+        done = 263 // min(batch, 264) * batch
+        assert repack.file_words(order, file.fileno(), 3, words.shape, whole[:, 3:-4], **call) == done
+        for changed in ({"batch": 12}, {"shape": (264, 32)}, {"shape": (260, 33)}):
+            fields = {"shape": words.shape} | call | changed
+            with pytest.raises(ValueError):
+                repack.file_words(order, file.fileno(), 3, fields.pop("shape"), whole[:, 3:-4], **fields)
+    with pytest.raises(OSError, match="Bad file"):
+        repack.file_words(order, -1, 3, words.shape, whole[:, 3:-4], **call)
+
+
+def test_files_cut_after_opening_are_refused(tmp_path):
+    """By the tensor's name, and with nothing of them loaded."""
+    tensors = {"w": ("Q4_K", test_gguf.blocks("Q4_K", (3, 512)))}
+    paths = {
+        test_gguf.write(tmp_path / "x.gguf", tensors): "w",
+        test_gptq_awq.save_gptq(tmp_path / "gptq", *test_gptq_awq.made(256, 64, 3, 32), 3, 32): "qweight",
+        test_gptq_awq.save_awq(tmp_path / "awq", *test_gptq_awq.made(256, 64, 4, 32)[:3], 32): "qweight",
+    }
+    for path, name in paths.items():
+        checkpoint = checkpoints.open(path)
+        file = path if path.is_file() else next(path.glob("*.safetensors"))
+        os.truncate(file, 1000)
+        with pytest.raises(checkpoints.CheckpointError, match=rf"{name}': ends at byte \d+; it was longer"):
+            checkpoint.load()
 
 
 def test_groups_that_do_not_fit_are_refused():

@@ -13,7 +13,7 @@ namespace JAXQ_ISA {
 namespace {
 
 // Weights at a time: what is unpacked stays in the first-level cache, and no loop is short.
-constexpr int kStrip = 1024;
+constexpr int kStrip = 2048;
 constexpr int kMostGroups = kStrip / 16;
 
 // ---- codes
@@ -184,9 +184,13 @@ template <typename T, bool kWhole>
 JAXQ_INLINE bool RepackStrip(const uint8_t* blocks, int count, int64_t at, uint8_t* codes, uint8_t* words,
                              uint8_t* packed, void* scales, void* biases, DType dtype) {
   if (kWhole) count = kStrip / T::kBlock;
-  for (int i = 0; i < count; ++i) T::Codes(blocks + i * T::kBytes, codes + i * T::kBlock);
   const int weights = count * T::kBlock;
-  Pack<T::kBits>(codes, weights, words);
+  if constexpr (kHasWords<T>) {
+    for (int i = 0; i < count; ++i) T::Words(blocks + i * T::kBytes, words + i * T::kBlock / 8 * T::kBits);
+  } else {
+    for (int i = 0; i < count; ++i) T::Codes(blocks + i * T::kBytes, codes + i * T::kBlock);
+    Pack<T::kBits>(codes, weights, words);
+  }
   CopyOut(packed + at * T::kBlock / 8 * T::kBits, words, static_cast<size_t>(weights) / 8 * T::kBits);
   return StripFloats<T, kWhole>(blocks, count, at, scales, biases, dtype);
 }

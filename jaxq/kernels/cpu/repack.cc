@@ -1,5 +1,9 @@
 #define JAXQ_ISA repack_scalar
 #define JAXQ_REPACK kRepackScalar
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstdlib>
 #include <cstring>
 
 #include "isas.h"
@@ -7,6 +11,7 @@
 
 namespace {
 
+using jaxq::cpu::BlockType;
 using jaxq::cpu::DType;
 
 const jaxq::cpu::Repack& Best() {
@@ -20,6 +25,55 @@ const jaxq::cpu::Repack& Best() {
 // `portable`: as a CPU would run it that has nothing beyond the baseline; for the tests.
 const jaxq::cpu::Repack& Get(int portable) { return portable ? jaxq::cpu::kRepackScalar : Best(); }
 
+// Null where there is no such type, of these sizes.
+const BlockType* Find(int portable, const char* type, int bytes, int weights, int bits, int group_size) {
+  const jaxq::cpu::Repack& table = Get(portable);
+  for (int i = 0; i < table.type_count; ++i) {
+    const BlockType& row = table.types[i];
+    if (std::strcmp(row.name, type) == 0)
+      return row.bytes == bytes && row.weights == weights && row.bits == bits && row.group_size == group_size ? &row
+                                                                                                             : nullptr;
+  }
+  return nullptr;
+}
+
+// bytes[size] from `offset` of a file on. Returns how many were read, fewer where the file ends; -errno where it can't
+// be read.
+int64_t Read(int file, int64_t offset, uint8_t* bytes, int64_t size) {
+  int64_t done = 0;
+  while (done < size) {
+    const ssize_t got = pread(file, bytes + done, static_cast<size_t>(size - done), static_cast<off_t>(offset + done));
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) return -errno;
+    if (got == 0) break;
+    done += got;
+  }
+  return done;
+}
+
+// use(rows, first, count) for rows[count] from the first on, at most `batch` of them at a time, until all `rows` of a
+// file were. Returns as `Read`, in whole rows. A batch is in the caches when it is used. The loop is not in Python,
+// whose threads would wait for each other between the batches.
+template <typename Use>
+int64_t ForRows(int file, int64_t offset, int64_t row_bytes, int64_t rows, int64_t batch, Use&& use) {
+  if (batch > rows) batch = rows;
+  auto* buffer = static_cast<uint8_t*>(std::malloc(static_cast<size_t>(batch * row_bytes)));
+  if (buffer == nullptr && rows > 0) return -ENOMEM;
+  int64_t done = 0, error = 0;
+  while (done < rows) {
+    const int64_t due = rows - done < batch ? rows - done : batch;
+    const int64_t got = Read(file, offset + done * row_bytes, buffer, due * row_bytes);
+    if (got < due * row_bytes) {
+      error = got < 0 ? got : 0;
+      break;
+    }
+    use(buffer, done, due);
+    done += due;
+  }
+  std::free(buffer);
+  return error < 0 ? error : done;
+}
+
 }  // namespace
 
 // For ctypes; jaxq/kernels/repack.py checks every size.
@@ -29,16 +83,29 @@ __attribute__((visibility("default"))) int jaxq_repack_blocks(int portable, cons
                                                               int bits, int group_size, const void* blocks,
                                                               int64_t count, void* packed, void* scales, void* biases,
                                                               int dtype) {
-  const jaxq::cpu::Repack& table = Get(portable);
-  for (int i = 0; i < table.type_count; ++i) {
-    const jaxq::cpu::BlockType& row = table.types[i];
-    if (std::strcmp(row.name, type) != 0) continue;
-    if (row.bytes != bytes || row.weights != weights || row.bits != bits || row.group_size != group_size) return -1;
-    const bool fit = row.repack(static_cast<const uint8_t*>(blocks), count, static_cast<uint8_t*>(packed), scales,
-                                biases, static_cast<DType>(dtype));
-    return fit ? 0 : 1;
-  }
-  return -1;
+  const BlockType* found = Find(portable, type, bytes, weights, bits, group_size);
+  if (found == nullptr) return -1;
+  const bool fit = found->repack(static_cast<const uint8_t*>(blocks), count, static_cast<uint8_t*>(packed), scales,
+                                 biases, static_cast<DType>(dtype));
+  return fit ? 0 : 1;
+}
+
+// The same of blocks in a file, `batch` at a time. Returns how many blocks were repacked, fewer where the file ends;
+// -errno where it can't be read. outcome: what jaxq_repack_blocks returns.
+__attribute__((visibility("default"))) int64_t jaxq_repack_file_blocks(
+    int portable, const char* type, int bytes, int weights, int bits, int group_size, int file, int64_t offset,
+    int64_t count, int64_t batch, void* packed, void* scales, void* biases, int dtype, int* outcome) {
+  const BlockType* found = Find(portable, type, bytes, weights, bits, group_size);
+  *outcome = found == nullptr ? -1 : 0;
+  if (found == nullptr) return 0;
+  const auto as = static_cast<DType>(dtype);
+  const int64_t words = weights / 8 * bits, floats = weights / group_size * jaxq::cpu::SizeOf(as);
+  return ForRows(file, offset, bytes, count, batch, [&](const uint8_t* blocks, int64_t first, int64_t some) {
+    const auto at = [first](void* array, int64_t each) {
+      return array == nullptr ? nullptr : static_cast<uint8_t*>(array) + first * each;
+    };
+    if (!found->repack(blocks, some, at(packed, words), at(scales, floats), at(biases, floats), as)) *outcome = 1;
+  });
 }
 
 __attribute__((visibility("default"))) void jaxq_repack_transpose(int portable, const void* words, int64_t rows,
@@ -49,6 +116,19 @@ __attribute__((visibility("default"))) void jaxq_repack_transpose(int portable, 
 __attribute__((visibility("default"))) void jaxq_repack_awq(int portable, const void* words, int64_t rows,
                                                             int64_t columns, void* out, int64_t stride) {
   Get(portable).awq(static_cast<const uint32_t*>(words), rows, columns, static_cast<uint32_t*>(out), stride);
+}
+
+// The same of words in a file, `batch` rows at a time, a multiple of 8 for AWQ, whose rows stand by eights. Returns how
+// many of its rows were done, fewer where the file ends; -errno where it can't be read.
+__attribute__((visibility("default"))) int64_t jaxq_repack_file_words(int portable, int awq, int file, int64_t offset,
+                                                                      int64_t rows, int64_t columns, int64_t batch,
+                                                                      void* out, int64_t stride) {
+  const auto repack = awq ? Get(portable).awq : Get(portable).transpose;
+  const int64_t each = awq ? 8 : 1;
+  return ForRows(file, offset, columns * 4, rows, batch, [&](const uint8_t* words, int64_t first, int64_t some) {
+    repack(reinterpret_cast<const uint32_t*>(words), some / each, columns, static_cast<uint32_t*>(out) + first / each,
+           stride);
+  });
 }
 
 // Returns a sum of `Lost`.

@@ -59,6 +59,44 @@ JAXQ_INLINE void Planes(const uint8_t* low, const uint8_t* high, uint8_t* codes)
   }
 }
 
+// Whether a type has Words(block, out), which makes packed words at once, where the instruction set has what it needs.
+template <typename T>
+constexpr bool kHasWords = false;
+
+#ifdef __AVX2__
+// The bits of `mask` change places with those kShift above them, in each 32-bit word.
+template <int kShift>
+JAXQ_INLINE __m256i ExchangePairs(__m256i words, int mask) {
+  const __m256i other = _mm256_srli_epi32(words, kShift);
+  const __m256i differ = _mm256_and_si256(_mm256_xor_si256(words, other), _mm256_set1_epi32(mask));
+  return _mm256_xor_si256(words, _mm256_xor_si256(differ, _mm256_slli_epi32(differ, kShift)));
+}
+
+// In each 32-bit word, byte r's pair of bits c changes places with byte c's pair r: first within squares of two by two,
+// then the squares.
+JAXQ_INLINE __m256i TransposePairs(__m256i words) {
+  return ExchangePairs<12>(ExchangePairs<6>(words, 0x00cc00cc), 0x0000f0f0);
+}
+
+// A shuffle of 16 bytes: byte c of word r changes places with byte r of word c.
+JAXQ_INLINE __m128i TransposedBytes() { return _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15); }
+
+// 128 codes in planes of two bits over 32 bytes -> the 32 bytes of a stream. Of four codes that share a byte there, one
+// stands in each plane here, so a word holds four such bytes, each for another plane.
+JAXQ_INLINE void StorePairs(__m256i planes, uint8_t* out) {
+  const __m256i order = _mm256_broadcastsi128_si256(TransposedBytes());
+  const __m256i halves = _mm256_shuffle_epi8(TransposePairs(planes), order);  // of each plane
+  const __m256i stream = _mm256_permutevar8x32_epi32(halves, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), stream);
+}
+
+// The same of `planes[64]`: two such, one after the other.
+JAXQ_INLINE void StorePairs64(const uint8_t* planes, uint8_t* out) {
+  for (int i = 0; i < 64; i += 32)
+    StorePairs(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(planes + i)), out + i);
+}
+#endif
+
 // integers[8] * scale -> out[8]; of a byte each, the first one lowest.
 JAXQ_INLINE void Scale8(uint64_t integers, float scale, float* out) {
 #ifdef __AVX2__
@@ -149,6 +187,9 @@ struct Q8_0 {
 struct Q2K {
   static constexpr int kBlock = 256, kBytes = 84, kBits = 2, kGroup = 16, kHalves = 2, kHalvesAt[] = {80, 82};
   static JAXQ_INLINE void Codes(const uint8_t* block, uint8_t* codes) { Planes<32, 2>(block + 16, nullptr, codes); }
+#ifdef __AVX2__
+  static JAXQ_INLINE void Words(const uint8_t* block, uint8_t* out) { StorePairs64(block + 16, out); }
+#endif
   static JAXQ_INLINE void Floats(const uint8_t* block, const float* d, float* scales, float* biases) {
     for (int i = 0; i < 16; i += 8) {
       const uint64_t pairs = Load64(block + i);
@@ -227,6 +268,37 @@ struct TernaryScales {
 
 // Digits in base 3, the highest one first. A byte is a fraction of 256, rounded up: multiplying by 3 modulo 256 drops a
 // digit, and the integer part of that product is it: 1 from 86 on, 2 from 171 on.
+#ifdef __AVX2__
+// Of 32 bytes. Every other one is the high half of a 16-bit number: then products have their integer parts apart.
+struct Digits32 {
+  __m256i even, odd;
+  explicit JAXQ_INLINE Digits32(__m256i bytes)
+      : even(_mm256_slli_epi16(bytes, 8)), odd(_mm256_and_si256(bytes, _mm256_set1_epi16(-256))) {}
+
+  // The integer part of each byte times 3 or 9: a digit, or two as a number below 9.
+  JAXQ_INLINE __m256i Next(short factor) {
+    const __m256i by = _mm256_set1_epi16(factor);
+    const __m256i low = _mm256_mulhi_epu16(even, by), high = _mm256_mulhi_epu16(odd, by);
+    even = _mm256_mullo_epi16(even, by);
+    odd = _mm256_mullo_epi16(odd, by);
+    return _mm256_or_si256(low, _mm256_slli_epi16(high, 8));
+  }
+
+  // Four digits of each byte, in pairs of bits.
+  JAXQ_INLINE __m256i NextFour() {
+    const __m128i two = _mm_setr_epi8(0, 4, 8, 1, 5, 9, 2, 6, 10, 0, 0, 0, 0, 0, 0, 0);  // 3 a + b: a | b << 2
+    const __m256i pairs = _mm256_broadcastsi128_si256(two);
+    const __m256i high_pairs = _mm256_slli_epi16(pairs, 4);
+    const __m256i first = _mm256_shuffle_epi8(pairs, Next(9));
+    return _mm256_or_si256(first, _mm256_shuffle_epi8(high_pairs, Next(9)));
+  }
+};
+
+// Codes of a byte each -> four in the lowest byte of each 32-bit word.
+JAXQ_INLINE __m256i FoursOfPairs(__m256i codes) {
+  return _mm256_madd_epi16(_mm256_maddubs_epi16(codes, _mm256_set1_epi16(0x0401)), _mm256_set1_epi32(0x00100001));
+}
+#else
 struct Digits32 {
   typedef uint8_t Bytes32 __attribute__((vector_size(32)));
   Bytes32 left;
@@ -236,10 +308,34 @@ struct Digits32 {
     left = left + left + left;
   }
 };
+#endif
 
 // Five digits of each of 32 bytes, five of 16, four of 4; all of the first digits stand before the second ones.
 struct TQ1 : TernaryScales {
   static constexpr int kBytes = 54, kHalvesAt[] = {52};
+#ifdef __AVX2__
+  static void Codes(const uint8_t*, uint8_t*);  // Words does it
+  static JAXQ_INLINE void Words(const uint8_t* block, uint8_t* out) {
+    // The 20 bytes of the rest, behind 12 of the first ones, not to read beyond the block: the 16 to the low half.
+    const __m256i end = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + 20));
+    Digits32 first(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(block)));
+    Digits32 rest(_mm256_permutevar8x32_epi32(end, _mm256_setr_epi32(3, 4, 5, 6, 7, 7, 7, 7)));
+    StorePairs(first.NextFour(), out);
+    const __m256i words = TransposePairs(rest.NextFour());
+    const __m128i sixteen = _mm_shuffle_epi8(_mm256_castsi256_si128(words), TransposedBytes());
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 40), sixteen);
+    const int last = _mm_cvtsi128_si32(_mm256_extracti128_si256(words, 1));
+    std::memcpy(out + 60, &last, 4);
+    const __m256i fifth = _mm256_packus_epi32(FoursOfPairs(first.Next(3)), FoursOfPairs(rest.Next(3)));
+    const __m256i bytes = _mm256_packus_epi16(fifth, fifth);  // in each half, four of the first and four of the rest
+    const int64_t low = _mm_cvtsi128_si64(_mm256_castsi256_si128(bytes));
+    const int high = _mm_cvtsi128_si32(_mm256_extracti128_si256(bytes, 1));
+    std::memcpy(out + 32, &low, 4);
+    std::memcpy(out + 36, &high, 4);
+    const int fifth_of_rest = static_cast<int>(low >> 32);
+    std::memcpy(out + 56, &fifth_of_rest, 4);
+  }
+#else
   static JAXQ_INLINE void Codes(const uint8_t* block, uint8_t* codes) {
     Digits32 first, rest;  // the 20 bytes of the rest, and 12 of the first ones, not to read beyond the block
     std::memcpy(&first.left, block, 32);
@@ -253,17 +349,30 @@ struct TQ1 : TernaryScales {
       if (digit < 4) std::memcpy(codes + 240 + 4 * digit, digits + 28, 4);
     }
   }
+#endif
 };
 
 struct TQ2 : TernaryScales {
   static constexpr int kBytes = 66, kHalvesAt[] = {64};
   static JAXQ_INLINE void Codes(const uint8_t* block, uint8_t* codes) { Planes<32, 2>(block, nullptr, codes); }
+#ifdef __AVX2__
+  static JAXQ_INLINE void Words(const uint8_t* block, uint8_t* out) { StorePairs64(block, out); }
+#endif
 };
 
 // Its scale is the byte itself.
 struct Mxfp4 : Legacy<17, 1, 4, 0> {
   static constexpr int kHalves = 0, kHalvesAt[] = {0};
 };
+
+#ifdef __AVX2__
+template <>
+constexpr bool kHasWords<Q2K> = true;
+template <>
+constexpr bool kHasWords<TQ1> = true;
+template <>
+constexpr bool kHasWords<TQ2> = true;
+#endif
 
 }  // namespace
 }  // namespace JAXQ_ISA

@@ -15,6 +15,9 @@ void jaxq_repack_transpose(int, const void*, int64_t, int64_t, void*, int64_t);
 void jaxq_repack_awq(int, const void*, int64_t, int64_t, void*, int64_t);
 int jaxq_repack_groups(int, const void*, int, const void*, int, int, int, int64_t, int64_t, int64_t, void*, void*,
                        int64_t, int);
+int64_t jaxq_repack_file_blocks(int, const char*, int, int, int, int, int, int64_t, int64_t, int64_t, void*, void*,
+                                void*, int, int*);
+int64_t jaxq_repack_file_words(int, int, int, int64_t, int64_t, int64_t, int64_t, void*, int64_t);
 }
 
 namespace {
@@ -144,6 +147,59 @@ int64_t CheckAllGroups() {
   return cases;
 }
 
+// A file with `bytes` of these from byte 3 on, open.
+std::FILE* FileOf(const Guarded& memory, int64_t bytes) {
+  std::FILE* file = std::tmpfile();
+  if (file == nullptr || std::fwrite("abc", 1, 3, file) != 3 ||
+      std::fwrite(memory.get(), 1, static_cast<size_t>(bytes), file) != static_cast<size_t>(bytes) ||
+      std::fflush(file) != 0) {
+    std::printf("no temporary file\n");
+    std::exit(1);
+  }
+  return file;
+}
+
+// Blocks and words from files, in batches, against those from memory.
+int64_t CheckFiles() {
+  int64_t cases = 0;
+  Random random(1);
+  for (int64_t batch : {1, 7, 8, 64, 1000}) {
+    const Guarded blocks(50 * 34), packed[2] = {Guarded(50 * 32), Guarded(50 * 32)};
+    const Guarded scales[2] = {Guarded(100), Guarded(100)}, biases[2] = {Guarded(100), Guarded(100)};
+    Fill(&random, blocks, 50 * 34);
+    jaxq_repack_blocks(0, "Q8_0", 34, 32, 8, 32, blocks.get(), 50, packed[0].get(), scales[0].get(),
+                       biases[0].get(), 1);
+    std::FILE* file = FileOf(blocks, 50 * 34);
+    int outcome = 7;
+    const int64_t done = jaxq_repack_file_blocks(0, "Q8_0", 34, 32, 8, 32, fileno(file), 3, 50, batch, packed[1].get(),
+                                                 scales[1].get(), biases[1].get(), 1, &outcome);
+    std::fclose(file);
+    if (done != 50 || outcome < 0 || std::memcmp(packed[0].get(), packed[1].get(), 50 * 32) != 0 ||
+        !SameFloats(DType::kF16, scales[0].get(), scales[1].get(), 50) ||
+        !SameFloats(DType::kF16, biases[0].get(), biases[1].get(), 50))
+      Fail("blocks of a file", batch, done, outcome);
+    ++cases;
+  }
+  for (int awq : {0, 1})
+    for (int64_t batch : {8, 16, 128, 1000}) {
+      const int64_t rows = 72, columns = 20, bytes = rows * columns * 4;
+      const Guarded words(bytes), out[2] = {Guarded(bytes), Guarded(bytes)};
+      Fill(&random, words, bytes);
+      if (awq)
+        jaxq_repack_awq(0, words.get(), rows / 8, columns, out[0].get(), rows / 8);
+      else
+        jaxq_repack_transpose(0, words.get(), rows, columns, out[0].get(), rows);
+      std::FILE* file = FileOf(words, bytes);
+      const int64_t done = jaxq_repack_file_words(0, awq, fileno(file), 3, rows, columns, batch, out[1].get(),
+                                                  awq ? rows / 8 : rows);
+      std::fclose(file);
+      if (done != rows || std::memcmp(out[0].get(), out[1].get(), static_cast<size_t>(bytes)) != 0)
+        Fail("words of a file", batch, done, awq);
+      ++cases;
+    }
+  return cases;
+}
+
 }  // namespace
 
 int main() {
@@ -152,8 +208,8 @@ int main() {
   for (int i = 0; i < table.type_count; ++i) {
     const BlockType& type = table.types[i];
     const bool affine = std::strcmp(type.name, "MXFP4") != 0;  // the only one whose scales are bytes
-    // Around the strips that it works in, of 1024 weights, and ends of every length behind them.
-    const int64_t strip = 1024 / type.weights;
+    // Around the strips that it works in, of 2048 weights, and ends of every length behind them.
+    const int64_t strip = 2048 / type.weights;
     for (int64_t count : {int64_t{0}, int64_t{1}, int64_t{2}, int64_t{3}, strip - 1, strip, strip + 1, 2 * strip + 3})
       for (int dtype = affine ? 0 : 3; dtype < (affine ? 3 : 4); ++dtype)
         for (Guarded::Place place : {Guarded::Place::kBefore, Guarded::Place::kAfter})
@@ -168,6 +224,7 @@ int main() {
           cases += 2;
         }
   cases += CheckAllGroups();
+  cases += CheckFiles();
   std::printf("repack: %lld cases %s\n", (long long)cases, failures ? "FAILED" : "ok");
   return failures ? 1 : 0;
 }
