@@ -22,7 +22,7 @@ constexpr int64_t kKeyBlock = 64;     // keys that stay in the first-level cache
 constexpr int64_t kEnoughTasks = 64;  // so many keep most machines busy without cutting the keys
 constexpr int64_t kMostTasks = 256;   // of cut keys: each leaves a part in memory
 constexpr int64_t kValueSums = kLanes == 8 ? 8 : 16;  // sums in registers: AVX2 has half as many registers
-constexpr int64_t kAhead = 4096;  // bytes: keys are read several at a time, an order that no hardware foresees
+constexpr int64_t kCacheAhead = 4096;  // bytes: keys are read several at a time, an order that no hardware foresees
 
 template <DType kT>
 JAXQ_INLINE F LoadValues(const void* base, int64_t at) {
@@ -58,7 +58,7 @@ JAXQ_INLINE void ScoreTile(const float* q, int64_t dim, const void* keys, At&& a
   F sums[kLanes];
   JAXQ_UNROLL
   for (F& sum : sums) sum = Zero();
-  const char* ahead = static_cast<const char*>(keys) + at(0) * SizeOf(kT) + kAhead;
+  const char* ahead = static_cast<const char*>(keys) + at(0) * SizeOf(kT) + kCacheAhead;
   for (int64_t d = 0; d < dim; d += kLanes) {
     F rows[kRows];
     JAXQ_UNROLL

@@ -109,6 +109,35 @@ JAXQ_INLINE void ToU8(uint8_t* p, F v) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(halves, halves));
 }
 
+// For digits-inl.h and madd_dot-inl.h.
+using I = __m256i;
+JAXQ_INLINE I LookUp(const uint8_t* table, I codes) {
+  const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(values), codes);
+}
+template <int kDigits>
+JAXQ_INLINE void StoreDigits(F v, int8_t* const* digit, int64_t at) {
+  __m256i q = _mm256_cvtps_epi32(v);
+  for (int d = kDigits - 1; d >= 0; --d) {
+    const __m256i low = _mm256_srai_epi32(_mm256_slli_epi32(q, 24), 24);
+    const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(digit[d] + at), _mm_packs_epi16(halves, halves));
+    q = _mm256_srai_epi32(_mm256_sub_epi32(q, low), 8);
+  }
+}
+JAXQ_INLINE I LoadInts(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+JAXQ_INLINE I SetBytes(int v) { return _mm256_set1_epi8(static_cast<char>(v)); }
+JAXQ_INLINE I SetHalves(int v) { return _mm256_set1_epi16(static_cast<int16_t>(v)); }
+JAXQ_INLINE I And(I a, I b) { return _mm256_and_si256(a, b); }
+JAXQ_INLINE I ShiftHalves(I a, int right) { return _mm256_srli_epi16(a, right); }
+JAXQ_INLINE I AddHalves(I a, I b) { return _mm256_add_epi16(a, b); }
+JAXQ_INLINE I MultiplyBytes(I codes, I digits) { return _mm256_maddubs_epi16(codes, digits); }
+JAXQ_INLINE I MultiplyHalves(I a, I b) { return _mm256_madd_epi16(a, b); }
+JAXQ_INLINE I AddWords(I a, I b) { return _mm256_add_epi32(a, b); }
+JAXQ_INLINE I ShiftWords(I a, int left) { return _mm256_slli_epi32(a, left); }
+JAXQ_INLINE F Floats(I a) { return _mm256_cvtepi32_ps(a); }
+JAXQ_INLINE F Deal(F v, I lanes) { return _mm256_permutevar8x32_ps(v, lanes); }
+
 JAXQ_INLINE float Sum(F v) {
   __m128 a = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   a = _mm_add_ps(a, _mm_movehl_ps(a, a));
@@ -148,10 +177,11 @@ JAXQ_INLINE void Transpose(F r[8]) {
 
 #include "attention-inl.h"
 #include "convert-inl.h"
+#include "madd_dot-inl.h"
 #include "matmul-inl.h"
 
 namespace jaxq::cpu {
 
-const Isa kAvx2 = {"avx2", MissingAvx2, avx2::Quantize, avx2::Dequantize, avx2::Matmul, avx2::Attention};
+const Isa kAvx2 = {"avx2", MissingAvx2, avx2::Quantize, avx2::Dequantize, avx2::MatmulMadd, avx2::Attention};
 
 }  // namespace jaxq::cpu

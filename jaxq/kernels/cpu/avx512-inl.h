@@ -92,6 +92,21 @@ JAXQ_INLINE void ToU8(uint8_t* p, F v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
 }
 
+// For digits-inl.h.
+using I = __m512i;
+JAXQ_INLINE I LookUp(const uint8_t* table, I codes) {
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))), codes);
+}
+template <int kDigits>
+JAXQ_INLINE void StoreDigits(F v, int8_t* const* digit, int64_t at) {
+  __m512i q = _mm512_cvtps_epi32(v);
+  for (int d = kDigits - 1; d >= 0; --d) {
+    const __m128i low = _mm512_cvtepi32_epi8(q);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(digit[d] + at), low);
+    q = _mm512_srai_epi32(_mm512_sub_epi32(q, _mm512_cvtepi8_epi32(low)), 8);
+  }
+}
+
 JAXQ_INLINE float Sum(F v) { return _mm512_reduce_add_ps(v); }
 JAXQ_INLINE float MinOf(F v) { return _mm512_reduce_min_ps(v); }
 JAXQ_INLINE float MaxOf(F v) { return _mm512_reduce_max_ps(v); }
