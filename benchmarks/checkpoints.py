@@ -10,9 +10,14 @@ directory that it removes, reads it once so that the system caches it, and then 
   safetensors safetensors.numpy.load_file, where the format is one of its files
   mlx         mlx.core.load and its evaluation, for MLX's format and those GGUF types that it reads
 
+First says whether the compiled library that repacks is missing, of an older version, or older than its sources: loads
+of all formats but MLX's are several times slower without it.
+
 Prints medians, their ratios to `read` and to `read+copy`, the time that processors spent (which other programs disturb
 less), and for jaxq the peak of the resident memory beyond that before the load, as a multiple of the arrays' bytes;
-each from a process of its own, which has used and freed as much memory just before.
+each from a process of its own, which has used and freed as much memory just before. A run during which other programs
+took more than a tenth of a CPU is done again, at most five times as many in all; then it counts, and the result says
+how many such there are.
 
     python benchmarks/checkpoints.py --format mlx gptq awq gguf:Q4_0 gguf:Q4_K gguf:Q6_K --gigabytes 4 --repeats 3
 
@@ -23,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -33,10 +39,11 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxq import QuantizedArray, QuantSpec, checkpoints
+from jaxq import QuantizedArray, QuantSpec, checkpoints, kernels
 from jaxq.checkpoints import safetensors
 from jaxq.checkpoints.entries import Checkpoint, Entry, dense
 from jaxq.checkpoints.gguf_blocks import BLOCKS
+from jaxq.kernels import repack
 
 SHAPES = [(11008, 4096), (4096, 11008), (4096, 4096), (4096, 4096)]
 GROUP = 64
@@ -56,6 +63,9 @@ def main() -> None:
     if arguments.load:
         print(json.dumps(load_once(arguments.load)))
         return
+    warning = library_warning()
+    if warning:
+        print(f"WARNING: {warning}", file=sys.stderr, flush=True)
     results = []
     for format in FORMATS if "all" in arguments.format else arguments.format:
         with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
@@ -64,12 +74,30 @@ def main() -> None:
         if not arguments.json:
             show(results[-1], arguments.repeats)
     if arguments.json:
-        print(json.dumps(results))
+        print(json.dumps({"warning": warning, "results": results}))
+
+
+def library_warning() -> str | None:
+    """What is wrong with the library that repacks; None where it is there and as new as its sources."""
+    if why := repack.why_unavailable():
+        return f"NumPy repacks, several times slower: {why}"
+    directory = Path(repack.__file__).parent / "cpu"
+    library = Path(kernels.cpu_library()._name)
+    newer = [p.name for p in directory.glob("*") if p.suffix in (".cc", ".h") and p.stat().st_mtime > mtime(library)]
+    if newer:
+        some = ", ".join(sorted(newer)[:3])
+        return f"{library.name} is older than {len(newer)} of its sources ({some}); python -m jaxq.kernels.cpu.build"
+    return None
+
+
+def mtime(path: Path) -> float:
+    return path.stat().st_mtime
 
 
 def show(result: dict, repeats: int) -> None:
     seconds = result["seconds"]
-    print(f"{result['format']}, {result['file_bytes'] / 1e9:.2f} GB, median of {repeats}")
+    disturbed = f"; {result['disturbed']} beside other programs" if result["disturbed"] else ""
+    print(f"{result['format']}, {result['file_bytes'] / 1e9:.2f} GB, median of {repeats}{disturbed}")
     for name, median in seconds.items():
         rate = result["file_bytes"] / median / 1e9
         ratios = "".join(f"  {median / seconds[way]:5.2f} x {way}" for way in ("read", "read+copy") if way in seconds)
@@ -89,10 +117,12 @@ def measure(path: Path, format: str, repeats: int, only: list[str] | None) -> di
     ways = [way for way in ways if not only or way in only]
     times: dict[str, list[float]] = {way: [] for way in ways}
     cpu_times: dict[str, list[float]] = {way: [] for way in ways}
-    peaks = [0.0]
+    peaks, again, disturbed = [0.0], 4 * repeats * len(ways), 0
     for _ in range(repeats):
         for way in ways:
-            measured = child(path, way)
+            while (measured := child(path, way))["others_cpus"] > 0.1 and again:
+                again -= 1
+            disturbed += measured["others_cpus"] > 0.1
             times[way].append(measured["seconds"])
             cpu_times[way].append(measured["cpu_seconds"])
             if way == "jaxq":
@@ -104,6 +134,7 @@ def measure(path: Path, format: str, repeats: int, only: list[str] | None) -> di
         "seconds": {way: statistics.median(values) for way, values in times.items()},
         "cpu_seconds": {way: statistics.median(values) for way, values in cpu_times.items()},
         "peak": max(peaks),
+        "disturbed": disturbed,
     }
 
 
@@ -136,12 +167,27 @@ def load_once(argument: Path) -> dict:
     }
     touch(max(nbytes, sum(file.stat().st_size for file in files)) * 5 // 4)
     before = memory("VmRSS")
-    start, cpu_start = time.perf_counter(), time.process_time()
+    all_start, start, cpu_start = busy_seconds(), time.perf_counter(), time.process_time()
     loaded = ways[way]()
-    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    seconds, cpu_seconds, busy = (
+        time.perf_counter() - start,
+        time.process_time() - cpu_start,
+        busy_seconds() - all_start,
+    )
     peak = (memory("VmHWM") - before) / nbytes
     del loaded
-    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak": peak}
+    # Linux counts in hundredths of a second; two of them per CPU are less than can be told from none.
+    others = max(busy - cpu_seconds - 0.02 * (os.cpu_count() or 1), 0) / seconds
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak": peak, "others_cpus": others}
+
+
+def busy_seconds() -> float:
+    """What all CPUs together have spent so far on anything, from Linux's account; 0 elsewhere."""
+    account = Path("/proc/stat")
+    if not account.exists():
+        return 0.0
+    user, nice, system, _, _, irq, soft, steal, *_ = map(int, account.read_text().split(None, 11)[1:-1])
+    return (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def touch(nbytes: int) -> None:

@@ -38,20 +38,28 @@ _DTYPES = _FLOATS | {np.dtype(np.uint8): 3}
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
+def _library_or_reason() -> ctypes.CDLL | str:
     try:
         library = kernels.cpu_library()
         for name, (result, arguments) in _FUNCTIONS.items():
             function = getattr(library, f"jaxq_repack_{name}")
             function.restype, function.argtypes = result, arguments
-    except (kernels.KernelsUnavailable, AttributeError):  # not built, or by an older version
-        return None
+    except kernels.KernelsUnavailable as error:
+        return str(error)
+    except AttributeError as error:
+        return f"the CPU kernels are of an older version ({error}); build them anew: python -m jaxq.kernels.cpu.build"
     return library
+
+
+def why_unavailable() -> str | None:
+    """Why the library is not there, or can't be used, and what would help; None where it can."""
+    found = _library_or_reason()
+    return found if isinstance(found, str) else None
 
 
 def available() -> bool:
     """Whether the library is there. Without it, the functions below can't be called."""
-    return _library() is not None
+    return why_unavailable() is None
 
 
 def blocks(
@@ -220,7 +228,7 @@ def groups(
 
 
 def _call(name: str, portable: bool, *arguments: object) -> int:
-    return getattr(_library(), f"jaxq_repack_{name}")(int(portable), *arguments)
+    return getattr(_library_or_reason(), f"jaxq_repack_{name}")(int(portable), *arguments)
 
 
 def _batch(batch: int) -> int:
