@@ -18,7 +18,7 @@ from jaxq import checkpoints
 from jaxq.checkpoints import mlx
 
 typer_testing = pytest.importorskip("typer.testing")
-from jaxq.cli import formats, machine  # noqa: E402
+from jaxq.cli import formats, grouping, machine  # noqa: E402
 from jaxq.cli.app import app  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -251,3 +251,60 @@ def test_without_its_extra():
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert done.returncode == 1 and "pip install 'jaxq[cli]'" in done.stderr
+
+
+def test_names_in_groups():
+    names = ["embed", *(f"h.{i}.w{j}" for i in (0, 1, 2, 5) for j in (1, 2)), "h.3.w1", "h.03.w1", "Dense_0/k"]
+    formats = {"h.5.w2": "other"}
+    found = grouping.group(names, [formats.get(name, "same") for name in names])
+    shown = [(pattern, [names[i] for i in indices]) for pattern, indices in found]
+    assert shown == [
+        ("embed", ["embed"]),
+        ("h.{0-3,5}.w1", ["h.0.w1", "h.1.w1", "h.2.w1", "h.5.w1", "h.3.w1"]),
+        ("h.{0-2}.w2", ["h.0.w2", "h.1.w2", "h.2.w2"]),
+        ("h.5.w2", ["h.5.w2"]),
+        ("h.03.w1", ["h.03.w1"]),
+        ("Dense_0/k", ["Dense_0/k"]),
+    ]
+
+
+def test_a_pattern_stands_for_no_other_names():
+    """Of two numbers, all pairs: layer 1 has no expert 3, so that it stands alone."""
+    pairs = [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2)]
+    found = grouping.group([f"l.{i}.e.{j}" for i, j in pairs], [None] * len(pairs))
+    assert found == [("l.{0-1}.e.{0-2}", [0, 1, 2, 4, 5, 6]), ("l.0.e.3", [3])]
+    assert grouping.group([], []) == []
+
+
+def test_tables_have_a_row_for_like_layers(tmp_path):
+    """JSON, and tables with --all, have a row for each."""
+    key = jax.random.key(0)
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(4)]
+    tensors = {name: jax.random.normal(jax.random.fold_in(key, i), (64, 64)) for i, name in enumerate(names)}
+    mlx.save(tmp_path / "dense", tensors)
+    convert = ["convert", tmp_path / "dense", "--bits", 4, "--rule", r"layers\.3\.=8"]
+    told = run(*convert[:2], tmp_path / "a", *convert[2:]).stdout
+    (row,) = [line for line in told.splitlines() if "{0-2}" in line]
+    cells = [cell.strip() for cell in row.strip("│").split("│")]
+    size = 64 * 64 * 5 // 8  # 4 bits, and two float32 per 64 weights
+    low, high = sorted(r["relative_error"] for r in run_json(*convert[:2], tmp_path / "b", *convert[2:])["rows"][:3])[
+        ::2
+    ]
+    error = f"{low:.4f} to {high:.4f}"
+    assert cells == [
+        "model.layers.{0-2}.mlp.up_proj.weight",
+        "3",
+        "64x64",
+        "int4g64",
+        f"{3 * size:,}",
+        "5.00",
+        error,
+        "",
+    ]
+    assert names[3] in told and names[0] not in told
+    everything = run(*convert[:2], tmp_path / "c", *convert[2:], "--all").stdout
+    assert all(name in everything for name in names) and "{" not in everything
+    told = run("inspect", tmp_path / "a").stdout
+    assert "model.layers.{0-2}.mlp.up_proj.weight" in told and f"{3 * size:,}" in told and names[0] not in told
+    assert all(name in run("inspect", tmp_path / "a", "--all").stdout for name in names)
+    assert [row["name"] for row in run_json("inspect", tmp_path / "a")["rows"]] == names

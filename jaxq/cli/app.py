@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxq
-from jaxq.cli import formats, machine
+from jaxq.cli import formats, grouping, machine
 from jaxq.reports import Report
 from jaxq.spec import QuantSpec
 
@@ -36,6 +36,9 @@ _WIDE = 1000
 _PROGRESS_BYTES = 1 << 28
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")]
+All = Annotated[
+    bool, typer.Option("--all", help="A row for every tensor, also for those that differ only in a layer's number.")
+]
 
 
 @contextlib.contextmanager
@@ -111,6 +114,7 @@ def convert(
     ] = "refuse",
     dequantize: Annotated[bool, typer.Option(help="Take formats that are no groups (IQ*, desc_act) as dense.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace TARGET.")] = False,
+    show_all: All = False,
     as_json: Json = False,
 ) -> None:
     """Convert a checkpoint to MLX's format; without --bits, --mode and --rule nothing is quantized anew."""
@@ -138,7 +142,7 @@ def convert(
             overwrite=overwrite,
             progress=not as_json and sys.stderr.isatty() and _stored_bytes(opened) >= _PROGRESS_BYTES,
         )
-        _show_report(report, {"source": str(source), "format": opened.format, "target": str(target)}, as_json)
+        _show_report(report, {"source": str(source), "format": opened.format, "target": str(target)}, show_all, as_json)
 
 
 def _stored_bytes(opened: Checkpoint) -> int:
@@ -153,7 +157,7 @@ def _dtype(name: str | None) -> Any:
     return jaxq.checkpoints.safetensors.DTYPES[{"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[name]]
 
 
-def _show_report(report: Report, about: dict[str, Any], as_json: bool) -> None:
+def _show_report(report: Report, about: dict[str, Any], show_all: bool, as_json: bool) -> None:
     totals = {
         "tensors": len(report.rows),
         "quantized": len(report.quantized),
@@ -165,16 +169,26 @@ def _show_report(report: Report, about: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(about | totals | {"rows": report.to_dicts()}))
         return
-    table = Table(_name(), "shape", "format", *_right("bytes", "bits/weight", "error"), "note", title=about["target"])
-    for row in report.rows:
-        error = "" if row.relative_error is None else f"{row.relative_error:.4f}"
-        shape, size = "x".join(map(str, row.shape)), f"{row.nbytes:,}"
-        table.add_row(row.path, shape, row.format, size, f"{row.bits_per_weight:.2f}", error, row.note)
+    rows = report.rows
+    names = _grouped([row.path for row in rows], [(row.shape, row.format, row.note) for row in rows], show_all)
+    columns = *_right("tensors"), "shape", "format", *_right("bytes", "bits/weight", "error"), "note"
+    table = Table(_name(), *columns, title=about["target"])
+    for name, indices in names:
+        row, size = rows[indices[0]], sum(rows[i].nbytes for i in indices)
+        errors = sorted({f"{error:.4f}" for i in indices if (error := rows[i].relative_error) is not None})
+        shown = " to ".join(errors[:1] + errors[1:][-1:])
+        shape, bits = "x".join(map(str, row.shape)), f"{row.bits_per_weight:.2f}"
+        table.add_row(name, str(len(indices)), shape, row.format, f"{size:,}", bits, shown, row.note)
     _print(table)
     print(
         f"{totals['quantized']} of {totals['tensors']} tensors quantized: {report.nbytes:,} bytes, "
         f"{report.bits_per_weight:.2f} bits per weight (dense: {report.dense_nbytes:,} bytes)"
     )
+
+
+def _grouped(names: list[str], like: list[Any], show_all: bool) -> list[tuple[str, list[int]]]:
+    """Rows of a table: a name, or several as one, and their indices."""
+    return [(name, [i]) for i, name in enumerate(names)] if show_all else grouping.group(names, like)
 
 
 def _name() -> Any:
@@ -194,6 +208,7 @@ def _right(*names: str) -> list[Any]:
 def inspect(
     path: Annotated[Path, typer.Argument(help="A checkpoint: a directory or a file.")],
     select: Annotated[str | None, typer.Option(help="Only names in which this regular expression is found.")] = None,
+    show_all: All = False,
     as_json: Json = False,
 ) -> None:
     """List a checkpoint's tensors, their formats and sizes. Reads no tensor."""
@@ -210,15 +225,19 @@ def inspect(
         if as_json:
             print(json.dumps({"path": str(path), "format": checkpoint.format} | total | {"rows": rows}))
             return
-        table = Table(_name(), "shape", "stored as", "loads as", *_right("bytes", "bits/weight"), title=str(path))
-        for row in rows:
-            shape = "x".join(map(str, row["shape"]))
-            loads = row["problem"] or row["loads_as"]
-            bits = f"{row['bits_per_weight']:.2f}"
-            table.add_row(row["name"], shape, row["stored_as"], loads, f"{row['stored_bytes']:,}", bits)
-        _print(table)
+        _print(_inspected(rows, str(path), show_all))
         bits = 8 * total["stored_bytes"] / max(total["weights"], 1)
         print(f"{checkpoint.format}: {len(rows)} tensors, {total['stored_bytes']:,} bytes, {bits:.2f} bits per weight")
+
+
+def _inspected(rows: list[dict[str, Any]], title: str, show_all: bool) -> Table:
+    columns = *_right("tensors"), "shape", "stored as", "loads as", *_right("bytes", "bits/weight")
+    table = Table(_name(), *columns, title=title)
+    shown = [("x".join(map(str, row["shape"])), row["stored_as"], row["problem"] or row["loads_as"]) for row in rows]
+    for name, indices in _grouped([row["name"] for row in rows], shown, show_all):
+        size, bits = sum(rows[i]["stored_bytes"] for i in indices), f"{rows[indices[0]]['bits_per_weight']:.2f}"
+        table.add_row(name, str(len(indices)), *shown[indices[0]], f"{size:,}", bits)
+    return table
 
 
 @app.command()
