@@ -72,10 +72,10 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     return np.ascontiguousarray(np.packbits(flat, axis=-1, bitorder="little")).view(np.uint32)
 
 
-def random_weight(rng, fmt, shape, scale_dtype=np.float32):
-    """A weight of random codes in the packed form, and its exact float64 values."""
+def random_weight(rng, fmt, shape, scale_dtype=np.float32, code: int | None = None):
+    """A weight of random codes, or of one, in the packed form, and its exact float64 values."""
     mode, bits, group = fmt
-    codes = rng.integers(0, 2**bits, shape)
+    codes = rng.integers(0, 2**bits, shape) if code is None else np.full(shape, code)
     grouped = (*shape[:-1], shape[-1] // group)
     if mode == "affine":
         scales = (rng.uniform(0.5, 1.5, grouped) / 2**bits).astype(scale_dtype)

@@ -97,6 +97,27 @@ def test_matmul_rows(isa, m, transpose):
 
 
 @isas
+@formats
+@pytest.mark.parametrize("transpose", [True, False], ids=["t", "n"])
+def test_matmul_largest_codes(isa, fmt, transpose):
+    """All of x of one size, and all codes the largest or the least: no integer sum may overflow on the way."""
+    rng, step = np.random.default_rng(4), multiple(fmt)
+    n, k = 48, -(-512 // step) * step
+    inner = k if transpose else n
+    codes = {"affine": [(1 << fmt[1]) - 1], "mxfp8": [0x7E, 0xFE]}.get(fmt[0], [7, 15])
+    for index, dtype in enumerate(cpu_calls.DTYPES):
+        weight, dense = cpu_calls.random_weight(rng, fmt, (n, k), code=codes[index % len(codes)])
+        sizes = magnitude(weight, dense, fmt)
+        for m in (1, 6, 33) if dtype == np.float32 else (2,):
+            x = np.where(np.arange(m)[:, None] % 2, -1.984375, 1.984375) * np.full((m, inner), 2.0**-8)
+            y = np.asarray(cpu_calls.matmul(x.astype(dtype), weight, fmt, transpose, isa)).astype(np.float64)
+            want, terms = (x @ (w.T if transpose else w) for w in (dense, sizes))
+            relative, absolute = rounding(dtype)
+            bound = (inner + 8) * 2**-24 * np.abs(terms) + relative * np.abs(want) + absolute
+            assert (np.abs(y - want) <= bound).all()
+
+
+@isas
 def test_matmul_batched(isa):
     rng = np.random.default_rng(1)
     for transpose in (True, False):

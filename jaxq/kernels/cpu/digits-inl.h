@@ -20,6 +20,14 @@ namespace JAXQ_ISA {
 namespace {
 
 constexpr float kDigitRange = 8355000.0f, kTwoDigitRange = 32600.0f;
+constexpr float DigitRange(int digits) { return digits == 3 ? kDigitRange : kTwoDigitRange; }
+constexpr int64_t kTwoDigitTerms = 256;  // from here on, bfloat16 x has two digits
+
+// Rounding x to 2**-16 of its group's largest adds up to far less than the 2**-9 by which the result is rounded to
+// bfloat16, and with this many terms to less than a float32 sum's own bound of 2**-24 a term. `terms`: of one sum.
+JAXQ_INLINE int DigitsFor(DType x_dtype, int64_t terms) {
+  return x_dtype == DType::kBF16 && terms >= kTwoDigitTerms ? 2 : 3;
+}
 
 // One row of x in groups.
 struct Digits {
@@ -31,7 +39,7 @@ struct Digits {
 // False where a group has a NaN, an infinity, or nothing above 2**-96 but not only zeros (its unit would be subnormal).
 template <int kDigits>
 bool SplitGroup(const float* x, int64_t g, int64_t group, const Digits& out) {
-  constexpr float kRange = kDigits == 3 ? kDigitRange : kTwoDigitRange;
+  constexpr float kRange = DigitRange(kDigits);
   F largest = Zero(), sum = Zero(), poison = Zero();
   for (int64_t i = 0; i < g; i += kLanes) {
     const F v = Load(x + i);
@@ -48,7 +56,7 @@ bool SplitGroup(const float* x, int64_t g, int64_t group, const Digits& out) {
   return true;
 }
 
-template <int kDigits = 3>
+template <int kDigits>
 bool SplitRow(const MatmulArgs& args, int64_t m, const Digits& out) {
   const int64_t g = args.format.group_size;
   for (int64_t group = 0; group < args.groups(); ++group) {

@@ -24,7 +24,6 @@ namespace jaxq::cpu {
 namespace JAXQ_ISA {
 namespace {
 
-constexpr int64_t kMaddTwoDigits = 256;      // K from which on bfloat16 x has two digits: see MaddOfRow
 constexpr int64_t kMaddRows = 4;             // of w at a time
 constexpr int64_t kMaddPiece = 4096;         // codes whose scales are made at a time
 constexpr int64_t kBlockBytes = 4 * kLanes;  // of w, and of a plane of digits
@@ -176,7 +175,7 @@ struct MaddDot {
     int32_t of_lane[kLanes];
     for (int64_t i = 0; i < kLanes; ++i) of_lane[i] = static_cast<int32_t>(i * 4 * kPlanes / weight.format.group_size);
     const I lanes = LoadInts(of_lane);
-    ForRuns(args.N, parallel, reinterpret_cast<int64_t*>(cursor), [&](int64_t first, int64_t last) {
+    ForRuns(args.N, parallel, reinterpret_cast<int64_t*>(cursor), [&](int64_t first, int64_t last, int) {
       for (int64_t n = first; n < last; n += kMaddRows) Rows(args, weight, x, n, Least(kMaddRows, last - n), lanes);
     });
     return Outcome::kDone;
@@ -185,10 +184,7 @@ struct MaddDot {
 
 template <int kBits, bool kE2m1>
 Outcome MaddOfRow(const MatmulArgs& args, const Weight& weight, const Parallel& parallel) {
-  // Rounding x to 2**-16 of its group's largest adds up to far less than the 2**-9 by which the result is rounded to
-  // bfloat16, and with this many terms to less than a float32 sum's own bound of 2**-24 a term.
-  if (args.x_dtype == DType::kBF16 && args.K >= kMaddTwoDigits)
-    return MaddDot<kBits, kE2m1, 2>::Run(args, weight, parallel);
+  if (DigitsFor(args.x_dtype, args.K) == 2) return MaddDot<kBits, kE2m1, 2>::Run(args, weight, parallel);
   return MaddDot<kBits, kE2m1, 3>::Run(args, weight, parallel);
 }
 

@@ -92,7 +92,7 @@ class Mxfp8Dot {
     int64_t* next = Take<int64_t>(&cursor, 8 * parallel.slots());
     for (int64_t m = 0; m < args_.M; ++m)
       if (!Prepare(m)) return Outcome::kDeclined;
-    ForRuns(args_.N, parallel, next, [&](int64_t first, int64_t last) {
+    ForRuns(args_.N, parallel, next, [&](int64_t first, int64_t last, int) {
       // What is read more than once is still in the second-level cache when its turn comes again.
       const int64_t step = args_.M > 2 ? kRunTask : last - first;
       for (int64_t n = first; n < last; n += step) {

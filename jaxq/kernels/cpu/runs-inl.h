@@ -35,7 +35,7 @@ struct Runs {
   }
 };
 
-// Calls body(first, last) for all of N rows. `next`: Runs::RoomFor bytes.
+// Calls body(first, last, slot) for all of N rows. `next`: Runs::RoomFor bytes.
 template <typename Body>
 JAXQ_INLINE void ForRuns(int64_t N, const Parallel& parallel, int64_t* next, Body&& body) {
   const int64_t rows = Most(Ceil(Ceil(N, kTasksPerSlot * parallel.slots()), kRunTask), 1) * kRunTask;
@@ -43,7 +43,7 @@ JAXQ_INLINE void ForRuns(int64_t N, const Parallel& parallel, int64_t* next, Bod
   std::memset(next, 0, static_cast<size_t>(Runs::RoomFor(parallel)));
   parallel.For(runs.tasks, [&](int64_t, int slot) {
     const int64_t first = runs.Take(slot) * rows;
-    body(first, Least(N, first + rows));
+    body(first, Least(N, first + rows), slot);
   });
 }
 

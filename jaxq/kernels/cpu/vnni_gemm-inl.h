@@ -105,7 +105,7 @@ bool PackDigits(const MatmulArgs& args, int64_t m0, int64_t height, int32_t* qua
   float* row_units = reinterpret_cast<float*>(rows + 3 * K);
   for (int64_t m = 0; m < height; ++m) {
     const Digits row = {{rows, rows + K, rows + 2 * K}, row_units, row_units + groups};
-    if (!SplitRow(args, m0 + m, row)) return false;
+    if (!SplitRow<3>(args, m0 + m, row)) return false;
     JAXQ_UNROLL
     for (int d = 0; d < 3; ++d) {
       int32_t* out = quads + 3 * m + d;

@@ -22,15 +22,8 @@ constexpr int64_t kPlainSums = 128 << 10;     // bytes of a strip's sums, which 
 constexpr int64_t kPlainPartials = 8 << 20;   // bytes of all chunks' sums at most
 constexpr int64_t kPlainTasks = 8;            // per slot, as near as may be
 constexpr int64_t kSingleRows = 2;            // of x, to unpack the codes for each rather than share a panel
-constexpr int64_t kTwoDigitTerms = 256;       // from here on, bfloat16 x has two digits: see PlainDigits
 constexpr int64_t kFirstLines = 4096;         // of a chunk's codes, fetched before it begins
 constexpr int kMaxTileRows = 6;
-
-// Rounding x times scale to 2**-16 of its block's largest adds up to far less than the 2**-9 by which the result is
-// rounded to bfloat16, and with this many terms to less than a float32 sum's own bound of 2**-24 a term.
-JAXQ_INLINE int PlainDigits(const MatmulArgs& args) {
-  return args.x_dtype == DType::kBF16 && args.N >= kTwoDigitTerms ? 2 : 3;
-}
 
 struct PlainScratch {
   alignas(64) uint8_t codes[kSpanVectors / 2][kPanelRows / 4][2][64];
@@ -362,7 +355,7 @@ Outcome PlainPasses(const MatmulArgs& args, const Weight& weight, const Parallel
 
 template <typename Quads>
 Outcome PlainOfQuads(const MatmulArgs& args, const Weight& weight, const Parallel& parallel) {
-  if (PlainDigits(args) == 2) return PlainPasses<2, Quads>(args, weight, parallel);
+  if (DigitsFor(args.x_dtype, args.N) == 2) return PlainPasses<2, Quads>(args, weight, parallel);
   return PlainPasses<3, Quads>(args, weight, parallel);
 }
 

@@ -142,7 +142,7 @@ template <int kDigits>
 JAXQ_INLINE bool SplitScaled(const float* x, const float* scales, const float* biases, const ScaledRow& out) {
   constexpr int kVectors = kPanelRows / 16;
   // The digits below the highest are taken after their middle, 128, is added to each, so that a shift cuts them off.
-  constexpr float kRange = kDigits == 3 ? kDigitRange : 32600.0f, kMiddle = kDigits == 3 ? 32896.0f : 128.0f;
+  constexpr float kRange = DigitRange(kDigits), kMiddle = kDigits == 3 ? 32896.0f : 128.0f;
   __m512 products[kVectors], bias = _mm512_setzero_ps();
   __m512i largest = _mm512_setzero_si512();
   JAXQ_UNROLL
