@@ -2,14 +2,16 @@
 
     python fuzz.py [--library PATH] [--seconds 60] [--seed 0] [--leaks]
 
-A call that is right must agree with the portable kernels; one that is wrong must come back as an error. What must never
-happen, a read or a write out of bounds, is for a sanitizer to see (sanitize.sh). fuzz_handlers.cc makes far more calls,
-without XLA. --leaks makes 1e5 calls instead, and fails where the process grows all the while.
+A call that is right must agree with the portable kernels, and one with an index into a stack of weights with one by
+that element, the nearest one where the index is out of range; a call that is wrong must come back as an error. What
+must never happen, a read or a write out of bounds, is for a sanitizer to see (sanitize.sh). fuzz_handlers.cc makes far
+more calls, without XLA. --leaks makes 1e5 calls instead, and fails where the process grows all the while.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import ctypes
 import functools
 import pathlib
@@ -55,11 +57,57 @@ class Call:
             inner, outer = (k, n) if transpose else (n, k)
             self.operands = [rng.standard_normal((*lead, m, inner)).astype(dtype), *leaves]
             self.results, self.extra = [((*lead, m, outer), dtype)], {"transpose": transpose}
+            if rng.random() < 0.4:
+                self._stack(rng)
+
+    def _stack(self, rng: np.random.Generator) -> None:
+        """Multiply by one of several weights: an axis in front of each leaf, and an index behind them."""
+        x, *leaves = self.operands
+        length = int(rng.integers(1, 4))
+        bits = [rng.integers(0, 256, (length, leaf.nbytes), np.uint8).tobytes() for leaf in leaves]
+        stacks = [
+            np.frombuffer(b, leaf.dtype).reshape(length, *leaf.shape) for b, leaf in zip(bits, leaves, strict=True)
+        ]
+        index = (int(rng.integers(length)), -1, length, 2**31 - 1, -(2**31))[rng.integers(5)]
+        self.operands = [x, *stacks, np.array(index, np.int32)]
+
+    @property
+    def is_stacked(self) -> bool:
+        return self.op == "quantized_matmul" and self.operands[-1].ndim == 0
+
+    def element(self) -> Call:
+        """The same product without an index, by the weight that it means."""
+        x, *stacks, index = self.operands
+        one = copy.copy(self)
+        one.operands = [x, *(stack[np.clip(index, 0, len(stack) - 1)] for stack in stacks)]
+        return one
+
+    def _spoil_index(self, rng: np.random.Generator) -> None:
+        """Of another dtype or rank, too many, or into a stack that is none, or is empty, or too short in one leaf."""
+        x, *stacks, index = self.operands
+        which = rng.integers(6)
+        if which == 0:
+            index = index.astype((np.uint32, np.int16, np.float32, np.int8)[rng.integers(4)])
+        elif which == 1:
+            index = index.reshape((1,) * int(rng.integers(1, 3)))
+        elif which == 2:
+            stacks.append(index)
+        elif which == 3:
+            stacks = [stack[0] if stack.ndim == 3 else stack[0, 0] for stack in stacks]
+        elif which == 4:
+            stacks = [stack[:0] for stack in stacks]
+        else:
+            place = int(rng.integers(len(stacks)))
+            stacks[place] = np.concatenate([stacks[place], stacks[place][:1]])
+        self.operands = [x, *stacks, index]
 
     def spoil(self, rng: np.random.Generator) -> bool:
         """Make one thing wrong; False where the thing drawn has nothing to spoil."""
+        if self.is_stacked and rng.random() < 0.5:
+            self._spoil_index(rng)
+            return True
         which = rng.integers(6)
-        place = int(rng.integers(len(self.operands)))
+        place = int(rng.integers(len(self.operands) - self.is_stacked))
         operand = self.operands[place]
         if which == 0:
             self.operands[place] = np.zeros((*operand.shape[:-1], operand.shape[-1] + 1), operand.dtype)
@@ -164,7 +212,8 @@ def _same(a: np.ndarray, b: np.ndarray) -> bool:
 
 def fuzz(library: ctypes.CDLL, seconds: float, seed: int) -> None:
     isas = [name for name, missing in kernels.isas(library).items() if missing is None]
-    rng, right, wrong, end = np.random.default_rng(seed), 0, 0, time.monotonic() + seconds
+    rng, end = np.random.default_rng(seed), time.monotonic() + seconds
+    right = wrong = indexed = 0
     while time.monotonic() < end:
         call, isa = (Call, Attention)[rng.random() < 0.25](rng), isas[rng.integers(len(isas))]
         if rng.random() < 1 / 3:
@@ -177,10 +226,12 @@ def fuzz(library: ctypes.CDLL, seconds: float, seed: int) -> None:
                 wrong += 1
                 continue
             raise SystemExit(f"a wrong call was served: {call}")
-        if not agree(call, call.run(isa), call.run("scalar")):
+        theirs = call.element() if isinstance(call, Call) and call.is_stacked else call
+        if not agree(call, call.run(isa), theirs.run("scalar")):
             raise SystemExit(f"{isa} and scalar disagree: {call}")
         right += 1
-    print(f"fuzz: {right} right and {wrong} wrong calls over {', '.join(isas)}")
+        indexed += theirs is not call
+    print(f"fuzz: {right} right calls, {indexed} of them with an index, and {wrong} wrong ones over {', '.join(isas)}")
 
 
 def leaks() -> None:
