@@ -11,7 +11,7 @@ from jax.extend.core import Literal, Primitive
 
 from jaxq import _compat
 from jaxq.dispatch.fallback import EXPLICIT, NAME_SCOPE, Policy, Unfused
-from jaxq.dispatch.views import Form, View, dense, flatten, is_view, unflatten
+from jaxq.dispatch.views import Form, View, dense, flatten, is_view, own, unflatten
 from jaxq.primitives import common
 from jaxq.primitives.dequantize import dequantize_p
 
@@ -23,11 +23,13 @@ RULES: dict[Primitive, Rule] = {}
 NAMED: dict[str, Rule] = {}
 # The rules of equations with nested jaxprs, which apply too where only a nested jaxpr holds a weight.
 NESTED: set[Rule] = set()
+# The rules that take an element of a stack as such. The others get it copied out of the stack.
+INDEXED: set[Rule] = set()
 
 _NO_RULE = Unfused("there is no rule for it on a quantized weight")
 
 
-def rule(*primitives: Primitive | str | None, nested: bool = False) -> Callable[[Rule], Rule]:
+def rule(*primitives: Primitive | str | None, nested: bool = False, indexed: bool = False) -> Callable[[Rule], Rule]:
     """Make the function the rule of some primitives, given as such or by name; None is skipped."""
 
     def register(function: Rule) -> Rule:
@@ -38,6 +40,8 @@ def rule(*primitives: Primitive | str | None, nested: bool = False) -> Callable[
                 RULES[primitive] = function
         if nested:
             NESTED.add(function)
+        if indexed:
+            INDEXED.add(function)
         return function
 
     return register
@@ -73,6 +77,8 @@ def _evaluate_equation(eqn: Any, values: list[Any], policy: Policy) -> Sequence[
     function = RULES.get(primitive) or NAMED.get(primitive.name)
     if not quantized and not any(map(holds_weights, nested_jaxprs(eqn.params))):
         return _compat.rebind(eqn, values)
+    if function not in INDEXED:
+        values = [own(value) for value in values]
     applies = function is not None and (quantized or function in NESTED)
     outs = function(eqn, values, policy) if function and applies else _NO_RULE
     if not isinstance(outs, Unfused):

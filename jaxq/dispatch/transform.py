@@ -28,9 +28,10 @@ def dispatch(f: F, *, dtype: Any = None, fallback: Fallback = "dequantize") -> F
     of JAX works on it (and jaxq's own operations, which would take it as an array, aren't needed). `f` is traced so,
     and what it did is evaluated with the quantized weights: a dot becomes `quantized_matmul`, a look-up of rows
     dequantizes those rows, transposes, reshapes, slices, stacks and casts act on the packed data, and `jit`, `scan`,
-    `while`, `cond`, `checkpoint`, `custom_jvp`, `custom_vjp` and `shard_map` are gone into. Where there is no rule,
-    the weight becomes dense there, and `fallback` says whether that is told. A weight that `f` returns unchanged or
-    transposed is returned as a QuantizedArray.
+    `while`, `cond`, `checkpoint`, `custom_jvp`, `custom_vjp` and `shard_map` are gone into. A `scan` over a stack of
+    weights multiplies by each where it lies (see `quantized_matmul`'s `index`). Where there is no rule, the weight
+    becomes dense there, and `fallback` says whether that is told. A weight that `f` returns unchanged or transposed is
+    returned as a QuantizedArray.
 
     Weights that `f` does not take as arguments count as well: those in the closure, the globals and the defaults of
     a Python function, in a callable pytree (an `eqx.Module`, `jax.tree_util.Partial`), in a `functools.partial`; and

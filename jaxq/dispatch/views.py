@@ -16,6 +16,7 @@ from jaxq import _compat
 from jaxq.array import QuantizedArray, storage_order
 from jaxq.primitives import common
 from jaxq.primitives.dequantize import bind_dequantize
+from jaxq.primitives.quantized_matmul import element
 from jaxq.spec import QuantSpec
 
 
@@ -29,6 +30,8 @@ class Form(NamedTuple):
       axis: while the view is one of the function's own weights, unchanged but for transposition: the axes of the
         QuantizedArray that it is returned as. None once something was computed from it, which is returned dense.
       name: what to call the weight where it becomes dense; None where nobody asks.
+      indexed: whether the view is one element of a stack. Its leaves are then those of the stack, which a product can
+        read where they lie; `order` counts the axes of the element.
     """
 
     spec: QuantSpec
@@ -36,6 +39,12 @@ class Form(NamedTuple):
     dtype: np.dtype
     axis: tuple[int, ...] | None = None
     name: str | None = None
+    indexed: bool = False
+
+    @property
+    def leaf_count(self) -> int:
+        """How many arrays stand for a view: the leaves, and the index of an element."""
+        return self.spec.leaf_count + self.indexed
 
     @property
     def layout(self) -> tuple[Any, ...]:
@@ -44,14 +53,24 @@ class Form(NamedTuple):
 
 
 class View:
-    """A weight's leaves in storage order, and how the traced function sees them. Lives in one trace, never longer."""
+    """A weight's leaves in storage order, and how the traced function sees them. Lives in one trace, never longer.
 
-    __slots__ = ("_dense", "form", "leaves")
+    Of an element of a stack, `index` holds int32[], which element it is; else it is empty.
+    """
 
-    def __init__(self, leaves: Iterable[Any], form: Form):
-        self.leaves = tuple(leaves)
+    __slots__ = ("_dense", "_own", "form", "index", "leaves")
+
+    def __init__(self, arrays: Iterable[Any], form: Form):
+        arrays = tuple(arrays)
+        self.leaves, self.index = arrays[: form.spec.leaf_count], arrays[form.spec.leaf_count :]
         self.form = form
         self._dense: jax.Array | None = None
+        self._own: View | None = None
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        """The leaves and the index, if there is one."""
+        return (*self.leaves, *self.index)
 
     @property
     def ndim(self) -> int:
@@ -59,7 +78,12 @@ class View:
 
     @property
     def storage_shape(self) -> tuple[int, ...]:
-        return self.form.spec.storage_shape(self.leaves[0].shape)
+        return self.form.spec.storage_shape(self.leaves[0].shape)[len(self.index) :]
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """What the leaves' shapes have in front of the view's: the length of the stack, for an element of one."""
+        return tuple(self.leaves[0].shape[: len(self.index)])
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -87,7 +111,8 @@ class View:
 
     def derive(self, leaves: Iterable[Any] | None = None, **changes: Any) -> View:
         """A view of something computed from this one."""
-        return View(self.leaves if leaves is None else leaves, self.form._replace(**{"axis": None, **changes}))
+        arrays = self.arrays if leaves is None else (*leaves, *self.index)
+        return View(arrays, self.form._replace(**{"axis": None, **changes}))
 
     def map_leaves(self, function: Callable[[Any, int], Any], last: int, **changes: Any) -> View:
         """A view of `function(leaf, length)`, where `length` is what `last` codes occupy of that leaf's last axis."""
@@ -100,15 +125,23 @@ class View:
     def transposed(self, permutation: Sequence[int]) -> View:
         form = self.form
         axis = form.axis and tuple(permutation.index(a + self.ndim) - self.ndim for a in form.axis)
-        return View(self.leaves, form._replace(order=tuple(form.order[i] for i in permutation), axis=axis))
+        return View(self.arrays, form._replace(order=tuple(form.order[i] for i in permutation), axis=axis))
+
+    def own(self) -> View:
+        """The same view over leaves that are no stack's: those of an element are copied out of it."""
+        if not self.index:
+            return self
+        if self._own is None:
+            self._own = View(element(self.leaves, *self.index), self.form._replace(indexed=False))
+        return self._own
 
     def stored(self, lead: Sequence[int]) -> View:
         """The same view over leaves whose leading storage axes are permuted: `lead` are the old ones in new order."""
         if list(lead) == list(range(self.ndim - 1)):
             return self
         new = [*lead, self.ndim - 1]
-        leaves = [lax.transpose(leaf, new) for leaf in self.leaves]
-        return View(leaves, self.form._replace(order=tuple(new.index(i) for i in self.form.order)))
+        leaves = [lax.transpose(leaf, new) for leaf in self.own().leaves]
+        return View(leaves, self.form._replace(order=tuple(new.index(i) for i in self.form.order), indexed=False))
 
     def dense(self) -> jax.Array:
         """The dense array, in the view's dtype."""
@@ -116,14 +149,14 @@ class View:
             spec, order, dtype = self.form.spec, self.form.order, self.dtype
             name = common.resolve_implementation("dispatch", None, "dequantize", spec)
             direct = dtype if dtype in common.FLOAT_DTYPES else np.dtype(np.float32)
-            w = bind_dequantize(*self.leaves, spec=spec, dtype=direct, implementation=name)
+            w = bind_dequantize(*self.own().leaves, spec=spec, dtype=direct, implementation=name)
             w = w if order == tuple(range(w.ndim)) else lax.transpose(w, order)
             self._dense = w if direct == dtype else w.astype(dtype)
         return self._dense
 
     def as_quantized(self) -> QuantizedArray:
         """A QuantizedArray of the view's shape; moves packed words only if its axes can't be named otherwise."""
-        view, n = self, self.ndim
+        view, n = self.own(), self.ndim
         axis = self.form.axis or (self.grouped - n,)
         if storage_order(n, axis) != self.form.order:
             lead = [self.form.order[i] for i in range(n) if i != self.grouped]
@@ -138,7 +171,8 @@ class View:
 @functools.lru_cache(maxsize=1024)
 def _dense_aval(avals: tuple[Any, ...], form: Form) -> Any:
     # Kept, since a model has few shapes of weights and many weights.
-    partition, shape = _compat.partition(avals[0]), form.spec.storage_shape(avals[0].shape)
+    partition = _compat.partition(avals[0])[form.indexed :]
+    shape = form.spec.storage_shape(avals[0].shape)[form.indexed :]
     return _compat.result_aval(avals, [shape[i] for i in form.order], form.dtype, [partition[i] for i in form.order])
 
 
@@ -155,6 +189,11 @@ def is_view(value: Any) -> bool:
 def dense(value: Any) -> Any:
     """A view as a dense array; anything else as it is."""
     return value.dense() if type(value) is View else value
+
+
+def own(value: Any) -> Any:
+    """A view over leaves that are no stack's; anything else as it is."""
+    return value.own() if type(value) is View else value
 
 
 def size(value: Any) -> int:
@@ -174,7 +213,7 @@ def flatten(values: Sequence[Any]) -> tuple[list[Any], tuple[Form | None, ...]]:
     forms: list[Form | None] = []
     for value in values:
         if type(value) is View:
-            leaves.extend(value.leaves)
+            leaves.extend(value.arrays)
             forms.append(value.form)
         else:
             leaves.append(value)
@@ -186,8 +225,7 @@ def unflatten(forms: Sequence[Form | None], leaves: Sequence[Any]) -> list[Any]:
     """The inverse of `flatten`."""
     source = iter(leaves)
     return [
-        next(source) if form is None else View([next(source) for _ in range(form.spec.leaf_count)], form)
-        for form in forms
+        next(source) if form is None else View([next(source) for _ in range(form.leaf_count)], form) for form in forms
     ]
 
 
@@ -195,5 +233,5 @@ def per_leaf(items: Sequence[Any], forms: Sequence[Form | None], filler: Any) ->
     """A list with an item per value as one with an item per array; the leaves of views get `filler`."""
     out: list[Any] = []
     for item, form in zip(items, forms, strict=True):
-        out.extend([item] if form is None else [filler] * form.spec.leaf_count)
+        out.extend([item] if form is None else [filler] * form.leaf_count)
     return tuple(out)

@@ -108,6 +108,49 @@ def test_weights_that_a_loop_transposes_become_dense():
     check(f, X, SQUARE, fused=0, dense_weights=1, dots=1, products=48)
 
 
+def heads(x, w):
+    """A projection whose result is split into heads; the weight's two free axes stand side by side."""
+    return jnp.einsum("td,hkd->thk", x, w).reshape(x.shape)
+
+
+# Bodies that multiply by an element of a stack in every way that keeps it where it lies; the stack.
+IN_PLACE = {
+    "plain": (layer, LAYERS),
+    "transposed": (lambda x, w: layer(x, w.T), weight(3, 96, 96)),
+    "nested jit": (jax.jit(layer), LAYERS),
+    "checkpoint": (jax.checkpoint(layer), LAYERS),
+    "cond": (lambda x, w: lax.cond(x.sum() > 0, layer, lambda x, w: x, x, w), LAYERS),
+    "loop": (lambda x, w: lax.fori_loop(0, 2, lambda i, c: layer(c, w), x), LAYERS),
+    "heads": (heads, weight(3, 4, 24, 96)),
+    "reshape": (lambda x, w: layer(x, w.reshape(96, 96).T), weight(3, 4, 24, 96)),
+    "experts": (lambda x, w: jnp.tanh(lax.ragged_dot(x, w, jnp.array([2, 0, 3]))), weight(3, 3, 96, 96, axis=-2)),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_scan_copies_no_element(name):
+    f, stack = IN_PLACE[name]
+
+    def model(x, w):
+        return lax.scan(lambda c, w: (f(c, w), None), x, w)[0]
+
+    check(model, X, stack, fused=1, products=6 * 8)
+    text = str(jax.make_jaxpr(jaxq.dispatch(model))(X, stack))
+    # Each step counts, and takes nothing else of what is scanned or closed over.
+    assert "dynamic_slice" not in text and " gather" not in text
+    assert f"u32[{','.join(map(str, stack.packed.shape[1:]))}]" not in text
+
+
+def test_element_that_is_rearranged_is_copied():
+    """An einsum over two axes that are not neighbours in storage; the stack itself is not rearranged."""
+    stack = weight(3, 24, 8, 96)
+
+    def model(x, w):
+        return lax.scan(lambda c, w: (c, jnp.einsum("thk,dhk->td", c, w)), x, w)[1]
+
+    check(model, normal(5, 8, 96), stack, fused=1, products=8)
+
+
 def test_scan_over_the_grouped_axis_is_dense():
     def f(x, w):
         return lax.scan(lambda c, row: (c + row, None), jnp.zeros(64), w.T)[0] + x[0, 0]

@@ -8,17 +8,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import primitives as p
 
 from jaxq import _compat
 from jaxq.dispatch.fallback import HELD, Policy
 from jaxq.dispatch.interpreter import evaluate, evaluate_traced, rule, traced_body
-from jaxq.dispatch.views import Form, View, dense, flatten, is_view, per_leaf, unflatten
+from jaxq.dispatch.views import Form, View, dense, flatten, is_view, own, per_leaf, unflatten
 from jaxq.primitives.quantized_matmul import quantized_matmul_p, split
 
 
-@rule(p.jit_p, nested=True)
+@rule(p.jit_p, nested=True, indexed=True)
 def _jit(eqn: Any, values: list[Any], policy: Policy) -> list[Any]:
     leaves, forms = flatten(values)
     params = dict(eqn.params)
@@ -36,13 +37,13 @@ def _jit(eqn: Any, values: list[Any], policy: Policy) -> list[Any]:
     return unflatten(out_forms, eqn.primitive.bind(*leaves, **params))
 
 
-@rule(p.closed_call_p, p.call_p, nested=True)
+@rule(p.closed_call_p, p.call_p, nested=True, indexed=True)
 def _call(eqn: Any, values: list[Any], policy: Policy) -> list[Any]:
     inner, consts = _compat.open_jaxpr(eqn.params["call_jaxpr"])
     return evaluate(inner, consts, values, policy)
 
 
-@rule(p.remat_p, nested=True)
+@rule(p.remat_p, nested=True, indexed=True)
 def _remat(eqn: Any, values: list[Any], policy: Policy) -> list[Any]:
     # Bound as it is and not by `jax.checkpoint`, which would forget that the equation was differentiated already.
     new, out_forms = traced_body(eqn.params["jaxpr"], values, policy)
@@ -72,8 +73,9 @@ def _remat_policy(policy: Any) -> Any:
     return wrapped
 
 
-@rule(p.scan_p, nested=True)
+@rule(p.scan_p, nested=True, indexed=True)
 def _scan(eqn: Any, values: list[Any], policy: Policy) -> list[Any]:
+    """Scanned weights stay outside: the body gets each as an element of a stack, and multiplies by it where it lies."""
     params = eqn.params
     const_at, carry_at, xs_at = _compat.scan_operands(params, len(values))
     consts, carry, xs = ([values[i] for i in which] for which in (const_at, carry_at, xs_at))
@@ -83,33 +85,34 @@ def _scan(eqn: Any, values: list[Any], policy: Policy) -> list[Any]:
 
     def body(consts: Sequence[Any], carry: Sequence[Any], slices: Sequence[Any]) -> list[Any]:
         args = dict(zip(positions, (*consts, *carry, *slices), strict=True))
-        inner, own = _compat.open_jaxpr(jaxpr)
-        return evaluate(inner, own, [args[i] for i in range(len(args))], policy)
+        inner, held = _compat.open_jaxpr(jaxpr)
+        return evaluate(inner, held, [args[i] for i in range(len(args))], policy)
 
+    carry = [own(value) for value in carry]
     if any(map(is_view, carry)):
-        carry = _steady_carry(jaxpr, [*consts, *carry, *map(_first, xs)], positions, len(consts), len(carry), policy)
+        carry = _steady_carry(jaxpr, [*consts, *carry, *map(_element, xs)], positions, len(consts), len(carry), policy)
 
     def scan(*values: Any) -> list[Any]:
         consts, carry, xs = _split(values, len(const_at), len(carry_at))
         const_leaves, const_forms = flatten(consts)
         carry_leaves, carry_forms = flatten(carry)
-        xs_leaves, xs_forms = flatten(xs)
-        slice_forms = [form and _slice_form(form) for form in xs_forms]
         y_forms: list[Form | None] = []
 
         def step(carry_leaves: Any, slices: Any) -> Any:
+            index, arrays = slices[0], iter(slices[1:])
             outs = body(
                 unflatten(const_forms, const_leaves),
                 unflatten(carry_forms, carry_leaves),
-                unflatten(slice_forms, slices),
+                [_element(x, index) if is_view(x) else next(arrays) for x in xs],
             )
             new_carry, ys = outs[: len(carry)], outs[len(carry) :]
-            new_carry = [new if form else dense(new) for new, form in zip(new_carry, carry_forms, strict=True)]
-            y_leaves, y_forms[:] = flatten(ys)
-            return flatten(new_carry)[0], y_leaves
+            y_leaves, y_forms[:] = flatten([own(y) for y in ys])
+            return _carried(new_carry, carry_forms), y_leaves
 
+        steps = jnp.arange(params["length"], dtype=jnp.int32) if any(map(is_view, xs)) else None
         options = {name: params[name] for name in ("length", "reverse", "unroll")}
-        carry_leaves, y_leaves = lax.scan(step, carry_leaves, xs_leaves, **options)
+        scanned = [steps, *(x for x in xs if not is_view(x))]
+        carry_leaves, y_leaves = lax.scan(step, carry_leaves, scanned, **options)
         stacked = [form and _stacked_form(form) for form in y_forms]
         return [*unflatten(carry_forms, carry_leaves), *unflatten(stacked, y_leaves)]
 
@@ -122,31 +125,35 @@ def _split(values: Sequence[Any], first: int, second: int) -> tuple[list[Any], l
 
 
 def _scannable(eqn: Any, value: Any, policy: Policy) -> Any:
-    """A scanned operand; a view with its first axis first in storage too, so that the scan slices its leaves."""
+    """A scanned operand; a view with its first axis first in storage too, so that it is a stack of its elements."""
     if not is_view(value):
         return value
     first = value.form.order[0]
     if first == value.ndim - 1 or (value.held and first != 0):
         policy.report(eqn, [value], HELD if value.held else "it is scanned over its grouped axis")
         return value.dense()
-    return value.stored([first, *(s for s in range(value.ndim - 1) if s != first)])
+    return value.stored([first, *(s for s in range(value.ndim - 1) if s != first)]).own()
 
 
-def _slice_form(form: Form) -> Form:
-    """The form of one element of a stack whose first axis is first in storage."""
-    return form._replace(order=tuple(s - 1 for s in form.order[1:]))
+_ANY_INDEX = jax.core.ShapedArray((), jnp.int32)
+
+
+def _element(stack: Any, index: Any = _ANY_INDEX) -> Any:
+    """What a scan's body gets of a scanned operand: of a view an element; of an array its abstract value."""
+    if is_view(stack):
+        order = tuple(s - 1 for s in stack.form.order[1:])
+        return View([*stack.leaves, index], stack.form._replace(order=order, indexed=True))
+    aval = jax.typeof(stack)
+    return _compat.result_aval([aval], aval.shape[1:], aval.dtype, _compat.partition(aval)[1:])
 
 
 def _stacked_form(form: Form) -> Form:
     return form._replace(order=(0, *(s + 1 for s in form.order)))
 
 
-def _first(value: Any) -> Any:
-    """What a scan's body gets of a scanned operand, as abstract values."""
-    if is_view(value):
-        return View([_first(leaf) for leaf in value.leaves], _slice_form(value.form))
-    aval = jax.typeof(value)
-    return _compat.result_aval([aval], aval.shape[1:], aval.dtype, _compat.partition(aval)[1:])
+def _carried(values: Sequence[Any], forms: Sequence[Form | None]) -> list[Any]:
+    """The leaves of what a body gives, in the forms that the loop, or the branches, agree on."""
+    return flatten([own(value) if form else dense(value) for value, form in zip(values, forms, strict=True)])[0]
 
 
 def _steady_carry(
@@ -167,12 +174,13 @@ def _steady_carry(
             values[consts + i] = values[consts + i].dense()
 
 
-@rule(p.while_p, nested=True)
+@rule(p.while_p, nested=True, indexed=True)
 def _while(eqn: Any, values: list[Any], policy: Policy) -> list[Any]:
     params = eqn.params
     cond_jaxpr, body_jaxpr = params["cond_jaxpr"], params["body_jaxpr"]
     cond_count, body_count = params["cond_nconsts"], params["body_nconsts"]
     cond_consts, body_consts, carry = _split(values, cond_count, body_count)
+    carry = [own(value) for value in carry]
     if any(map(is_view, carry)):
         positions = list(range(body_count + len(carry)))
         carry = _steady_carry(body_jaxpr, [*body_consts, *carry], positions, body_count, len(carry), policy)
@@ -184,12 +192,11 @@ def _while(eqn: Any, values: list[Any], policy: Policy) -> list[Any]:
         carry_leaves, carry_forms = flatten(carry)
 
         def run(jaxpr: Any, forms: Any, leaves: Any, carry_leaves: Any) -> list[Any]:
-            inner, own = _compat.open_jaxpr(jaxpr)
-            return evaluate(inner, own, [*unflatten(forms, leaves), *unflatten(carry_forms, carry_leaves)], policy)
+            inner, held = _compat.open_jaxpr(jaxpr)
+            return evaluate(inner, held, [*unflatten(forms, leaves), *unflatten(carry_forms, carry_leaves)], policy)
 
         def body(carry_leaves: Any) -> Any:
-            new = run(body_jaxpr, body_forms, body_leaves, carry_leaves)
-            return flatten([n if form else dense(n) for n, form in zip(new, carry_forms, strict=True)])[0]
+            return _carried(run(body_jaxpr, body_forms, body_leaves, carry_leaves), carry_forms)
 
         def cond(carry_leaves: Any) -> Any:
             return run(cond_jaxpr, cond_forms, cond_leaves, carry_leaves)[0]
@@ -200,7 +207,7 @@ def _while(eqn: Any, values: list[Any], policy: Policy) -> list[Any]:
     return evaluate_traced(body_jaxpr, key, loop, [*cond_consts, *body_consts, *carry], policy)
 
 
-@rule(p.cond_p, nested=True)
+@rule(p.cond_p, nested=True, indexed=True)
 def _cond(eqn: Any, values: list[Any], policy: Policy) -> list[Any]:
     branches = eqn.params["branches"]
     results = [traced_body(branch, values[1:], policy)[1] for branch in branches]
@@ -214,8 +221,7 @@ def _cond(eqn: Any, values: list[Any], policy: Policy) -> list[Any]:
             inner, consts = _compat.open_jaxpr(branch)
 
             def run(*leaves: Any) -> list[Any]:
-                outs = evaluate(inner, consts, unflatten(forms, leaves), policy)
-                return flatten([out if form else dense(out) for out, form in zip(outs, keep, strict=True)])[0]
+                return _carried(evaluate(inner, consts, unflatten(forms, leaves), policy), keep)
 
             return run
 
@@ -230,4 +236,4 @@ def _common_form(forms: Sequence[Form | None]) -> Form | None:
     if first is None or any(form is None or form.layout != first.layout for form in forms):
         return None
     same_axis = all(form is not None and form.axis == first.axis for form in forms)
-    return first if same_axis else first._replace(axis=None)
+    return first._replace(axis=first.axis if same_axis else None, indexed=False)

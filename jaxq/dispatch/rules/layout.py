@@ -15,12 +15,12 @@ from jaxq.dispatch.interpreter import rule
 from jaxq.dispatch.views import View, flatten, is_float, is_view, unflatten
 
 
-@rule(p.transpose_p)
+@rule(p.transpose_p, indexed=True)
 def _transpose(eqn: Any, values: list[Any], policy: Policy) -> list[Any]:
     return [values[0].transposed(eqn.params["permutation"])]
 
 
-@rule(p.convert_element_type_p)
+@rule(p.convert_element_type_p, indexed=True)
 def _convert_element_type(eqn: Any, values: list[Any], policy: Policy) -> list[Any] | Unfused:
     dtype = np.dtype(eqn.params["new_dtype"])
     if not is_float(dtype):
@@ -28,7 +28,7 @@ def _convert_element_type(eqn: Any, values: list[Any], policy: Policy) -> list[A
     return [values[0] if dtype == values[0].dtype else values[0].derive(dtype=dtype)]
 
 
-@rule(p.stop_gradient_p, p.copy_p, p.name_p, p.reduce_precision_p)
+@rule(p.stop_gradient_p, p.copy_p, p.name_p, p.reduce_precision_p, indexed=True)
 def _identity(eqn: Any, values: list[Any], policy: Policy) -> list[Any]:
     # reduce_precision and a named weight (`checkpoint_name`) would only round or keep what is never made.
     return [values[0]]
@@ -47,20 +47,20 @@ def _device_put(eqn: Any, values: list[Any], policy: Policy) -> list[Any] | Unfu
     return values
 
 
-@rule(p.reshape_p)
+@rule(p.reshape_p, indexed=True)
 def _reshape(eqn: Any, values: list[Any], policy: Policy) -> list[Any] | Unfused:
     if eqn.params.get("dimensions") is not None:
         return Unfused("it reorders the axes as well")
     return reshaped(values[0], eqn.params["new_sizes"])
 
 
-@rule(p.squeeze_p)
+@rule(p.squeeze_p, indexed=True)
 def _squeeze(eqn: Any, values: list[Any], policy: Policy) -> list[Any] | Unfused:
     gone = {axis % values[0].ndim for axis in eqn.params["dimensions"]}
     return reshaped(values[0], [size for axis, size in enumerate(values[0].shape) if axis not in gone])
 
 
-@rule(p.broadcast_in_dim_p)
+@rule(p.broadcast_in_dim_p, indexed=True)
 def _broadcast_in_dim(eqn: Any, values: list[Any], policy: Policy) -> list[Any] | Unfused:
     view, *dynamic = values
     shape, axes = eqn.params["shape"], eqn.params["broadcast_dimensions"]
@@ -104,7 +104,8 @@ def reshaped(view: View, new: Sequence[int]) -> list[Any] | Unfused:
     inverse = tuple(order.index(axis) for axis in range(len(new)))
 
     def reshape(leaf: Any, length: int) -> Any:
-        return leaf if leaf.shape == (*lead, length) else lax.reshape(leaf, (*lead, length))
+        shape = (*view.stack, *lead, length)
+        return leaf if leaf.shape == shape else lax.reshape(leaf, shape)
 
     return [view.map_leaves(reshape, last, order=inverse)]
 

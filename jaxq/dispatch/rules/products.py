@@ -21,7 +21,7 @@ from jaxq.primitives import common
 from jaxq.primitives.quantized_matmul import bind_quantized_matmul
 
 
-@rule(p.dot_general_p)
+@rule(p.dot_general_p, indexed=True)
 def _dot_general(eqn: Any, values: list[Any], policy: Policy) -> list[Any] | Unfused:
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
     lhs, rhs = values
@@ -71,14 +71,14 @@ def _product(x: Any, view: View, axes: _Axes, swapped: bool, dtype: np.dtype) ->
     rows, columns = (w_free, sorted(contract)) if transpose else (sorted(contract), w_free)
     if view.held and (rows != [last - 1] or columns != [last]):
         return Unfused(HELD)
-    leaves = _matrix(view, batch, rows, columns)
+    weight = _matrix(view, batch, rows, columns)
 
     x_free = [a for a in range(x.ndim) if a not in axes.x_contract and a not in axes.x_batch]
     x = _permuted(x, [*axes.x_batch, *x_free, *(axes.x_contract[i] for i in by_storage)])
     lead = x.shape[: x.ndim - len(contract)]
     if len(contract) > 1:
         x = lax.reshape(x, (*lead, math.prod(x.shape[len(lead) :])))
-    y = _bind(x, leaves, view, transpose, dtype)
+    y = _bind(x, weight, view, transpose, dtype)
     if len(w_free) != 1:
         y = lax.reshape(y, (*lead, *(storage[s] for s in w_free)))
     w_places = [len(lead) + w_free.index(order[a]) for a in free]
@@ -96,26 +96,31 @@ def _refused_operand(x: Any, contract: Sequence[int], dtype: np.dtype) -> Unfuse
 
 
 def _matrix(view: View, batch: list[int], rows: list[int], columns: list[int]) -> list[Any]:
-    """The leaves as [B..., N, W]: storage axes permuted to batch, rows, columns, and the latter two merged each."""
+    """The leaves as [B..., N, W]: storage axes permuted to batch, rows, columns, and the latter two merged each.
+
+    After them the index of an element of a stack, unless its axes are permuted: for that it is copied out.
+    """
     storage = view.storage_shape
     order = [*batch, *rows, *columns]
+    if order != sorted(order):
+        view = view.own()
     lead = [*(storage[s] for s in batch), math.prod(storage[s] for s in rows)]
     codes = math.prod(storage[s] for s in columns)
 
     def arrange(leaf: Any, length: int) -> Any:
-        leaf = _permuted(leaf, order)
-        return leaf if len(rows) == len(columns) == 1 else lax.reshape(leaf, (*lead, length))
+        leaf = leaf if view.index else _permuted(leaf, order)
+        return leaf if len(rows) == len(columns) == 1 else lax.reshape(leaf, (*view.stack, *lead, length))
 
-    return [arrange(leaf, view.extent(i, codes)) for i, leaf in enumerate(view.leaves)]
+    return [*(arrange(leaf, view.extent(i, codes)) for i, leaf in enumerate(view.leaves)), *view.index]
 
 
-def _bind(x: Any, leaves: list[Any], view: View, transpose: bool, dtype: np.dtype) -> Any:
+def _bind(x: Any, weight: list[Any], view: View, transpose: bool, dtype: np.dtype) -> Any:
     """The quantized product in `dtype`, computed in the wider of that and x's dtype, rounded from there."""
     spec = view.form.spec
     name = common.resolve_implementation("dispatch", None, "quantized_matmul", spec)
     wide = dtype if x.dtype == dtype else np.dtype(np.float32)
     x = x if x.dtype == wide else lax.convert_element_type(x, wide)
-    y = bind_quantized_matmul(x, *leaves, spec=spec, transpose=transpose, implementation=name)
+    y = bind_quantized_matmul(x, *weight, spec=spec, transpose=transpose, implementation=name)
     return y if wide == dtype else lax.convert_element_type(y, dtype)
 
 
@@ -123,7 +128,7 @@ def _permuted(x: Any, order: list[int]) -> Any:
     return x if order == list(range(x.ndim)) else lax.transpose(x, order)
 
 
-@rule(p.conv_general_dilated_p)
+@rule(p.conv_general_dilated_p, indexed=True)
 def _conv_general_dilated(eqn: Any, values: list[Any], policy: Policy) -> list[Any] | Unfused:
     """A convolution with windows of one element: a product with x's features, at every stride-th place."""
     x, view = values
@@ -154,11 +159,11 @@ def _conv_general_dilated(eqn: Any, values: list[Any], policy: Policy) -> list[A
     return [_permuted(outs[0], order)]
 
 
-@rule("ragged_dot_general", "ragged_dot")
+@rule("ragged_dot_general", "ragged_dot", indexed=True)
 def _ragged_dot(eqn: Any, values: list[Any], policy: Policy) -> list[Any] | Unfused:
     """Experts: rows of x in consecutive groups, each times its own matrix, one after the other in a loop.
 
-    So the largest thing that is made is the result, and an expert without rows costs nothing.
+    So the largest thing that is made is the result, and an expert without rows costs nothing: it is not even read.
     """
     x, view, sizes, *_ = values
     numbers = eqn.params["ragged_dot_dimension_numbers"]
@@ -178,22 +183,28 @@ def _ragged_dot(eqn: Any, values: list[Any], policy: Policy) -> list[Any] | Unfu
     if (refused := _refused_operand(x, x_contract, dtype)) is not None:
         return refused
     view = view.stored([view.form.order[0], *(s for s in range(2) if s != view.form.order[0])])
-    expert = view.form._replace(order=tuple(s - 1 for s in view.form.order[1:]), axis=None)
+    experts = view.storage_shape[0]
+    stack, first = view.leaves, jnp.int32(0)
+    if view.index:  # an element of a stack of layers: its experts are some of all the layers' experts
+        stack = tuple(lax.collapse(leaf, 0, 2) for leaf in stack)
+        first = view.index[0] * experts
+    expert = view.form._replace(order=tuple(s - 1 for s in view.form.order[1:]), axis=None, indexed=True)
     axes = _Axes(x_contract, [a - 1 for a in w_contract], (), ())
     ends = jnp.cumsum(sizes, dtype=jnp.int32)
     row = lax.broadcasted_iota(jnp.int32, (x.shape[0], 1), 0)
     columns = next(view.shape[a] for a in (1, 2) if a not in w_contract)
 
     def step(y: Any, expert_of: Any) -> tuple[Any, None]:
-        start, end, leaves = expert_of
+        start, end, index = expert_of
 
         def multiply() -> Any:
-            product = _product(x, View(leaves, expert), axes, False, dtype)
+            product = _product(x, View([*stack, index], expert), axes, False, dtype)
             assert not isinstance(product, Unfused)  # what it refuses was refused above
             return jnp.where((row >= start) & (row < end), product[0], y)
 
         return lax.cond(end > start, multiply, lambda: y), None
 
     zeros = jnp.zeros((x.shape[0], columns), dtype)
-    y, _ = lax.scan(step, zeros, (ends - sizes.astype(jnp.int32), ends, list(view.leaves)))
+    steps = first + jnp.arange(experts, dtype=jnp.int32)
+    y, _ = lax.scan(step, zeros, (ends - sizes.astype(jnp.int32), ends, steps))
     return [y]
