@@ -252,6 +252,15 @@ def test_forced_instruction_set_ran(isa):
     assert ran[0] == name or name not in ("avx512", "avx2", "neon", "scalar")
 
 
+@pytest.mark.parametrize("isa", [name for name in cpu.variants() if name in TILES])
+def test_many_queries_in_bfloat16_run_on_tiles(isa):
+    library, name = cpu_calls.library(), isa.partition(":")[2]
+    arrays = operands(np.random.default_rng(12), (1, 70, 8, 4, 32, 80, 5), DTYPES[2], DTYPES[2])
+    before = cpu_calls.kernels.calls(library)[name]
+    jax.block_until_ready(cached_attention(*arrays, layer=0, position=5, implementation=isa))
+    assert cpu_calls.kernels.calls(library)[name] == before + 1
+
+
 _PRINT_BITS = """
 import hashlib, os, sys
 if sys.argv[1] == "one":
