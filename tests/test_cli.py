@@ -1,5 +1,6 @@
 """The command line: every command, its JSON, its exit codes and its messages."""
 
+import errno
 import json
 import os
 import pathlib
@@ -128,6 +129,8 @@ def test_a_nan_is_refused_by_name(tmp_path):
         (["{dense}", "{out}", "--groups-of-16", "x"], 2, "'x' is none of refuse, requantize, keep"),
         (["{dense}", "{dense}", "--bits", "4"], 1, "exists; pass --overwrite"),
         (["{dense}x", "{out}"], 1, "does not exist"),
+        (["{dense}", "{dense}/config.json/x"], 1, "dense/config.json: File exists"),
+        (["{dense}", "{out}", "--bits", "4", "--rule", "up_porj=8"], 1, "'up_porj' is found in no tensor's name"),
         (["{dense}", "{out}", "--rule", "x"], 2, "is no rule"),
         (["{dense}", "{out}", "--rule", "(=4"], 2, "is no regular expression"),
         (["{dense}", "{out}", "--rule", "x=4g5"], 2, "group_size=5 is not legal"),
@@ -140,6 +143,16 @@ def test_wrong_uses_of_convert(dense, tmp_path, arguments, code, message):
     # A wrong use comes in a box that breaks lines.
     assert message in " ".join(told.stderr.replace("│", " ").split())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(dense, tmp_path, monkeypatch):
+    def fsync(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    told = run("convert", dense, tmp_path / "out", "--bits", 4, code=1)
+    assert told.stderr.startswith(f"error: {tmp_path}") and told.stderr.endswith(": No space left on device\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
 def test_errors_in_json(tmp_path):

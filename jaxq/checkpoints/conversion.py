@@ -78,13 +78,18 @@ def convert(
 
     Raises:
       CheckpointError: a tensor that can't be read; a GGUF file of an unknown architecture.
-      ValueError: groups of 16 where they are refused; a weight with a NaN or an infinity; by name.
+      ValueError: groups of 16 where they are refused; a weight with a NaN or an infinity; by name. A rule whose pattern
+        is found in no name, which would silently change nothing.
     """
     if groups_of_16 not in get_args(GroupsOf16):
         raise ValueError(f"convert: groups_of_16={groups_of_16!r}; pick one of {', '.join(get_args(GroupsOf16))}")
     source.check_served()
     if source.format == "gguf":
         source = hugging_face(source)
+    for pattern, _ in rules:
+        if not any(re.search(pattern, name) for name in source.entries):
+            some = ", ".join(map(repr, list(source.entries)[:3]))
+            raise ValueError(f"convert: the rule {pattern!r} is found in no tensor's name; they are like {some}")
     steps = {name: _plan(name, entry, spec, rules, requantize, groups_of_16) for name, entry in source.entries.items()}
     report = reports.Report()
     total = sum(entry.stored_bytes for entry in source.entries.values())

@@ -70,7 +70,7 @@ class Checkpoint(Mapping[str, Any]):
 
     Attributes:
       path: the file or directory.
-      format: `mlx`, `gguf`, `gptq`, `awq`, `safetensors`.
+      format: `mlx`, `gguf`, `gptq`, `awq`, `safetensors`; `jaxq` for a file of `jaxq.save`.
       config: the model's own description: `config.json`, or the metadata of a GGUF file.
       entries: what each name stands for, without reading it.
     """

@@ -131,7 +131,8 @@ def _numbers(source: Checkpoint, architecture: str) -> Any:
     def number(key: str, kind: type, default: Any = None) -> Any:
         value = source.config.get(f"{architecture}.{key}", default)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise refuse(source.path, f"the metadata {architecture}.{key} are {str(value)[:100]}, no number")
+            found = "missing" if value is None else f"{str(value)[:100]}, no number"
+            raise refuse(source.path, f"the metadata {architecture}.{key} are {found}")
         # A float of the file is a float32: the shortest decimal that means it is what its writer had.
         return int(value) if kind is int else float(str(np.float32(value)))
 

@@ -6,13 +6,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jaxq.checkpoints import awq, gguf, gptq, mlx, safetensors, zero_points
+from jaxq.checkpoints import awq, gguf, gptq, mlx, safetensors, trees, zero_points
 from jaxq.checkpoints.entries import Checkpoint, Select
 from jaxq.checkpoints.files import refuse
 
 
 def open(path: str | os.PathLike[str], *, scale_dtype: Any = None, dequantize: bool = False) -> Checkpoint:
     """Open a checkpoint of any format served, told by its config: MLX, GGUF, GPTQ, AWQ, or dense safetensors.
+
+    A file of `jaxq.save`'s opens too, its arrays by their paths; `jaxq.load` gives the tree.
 
     Args:
       path: a directory, or a file.
@@ -31,6 +33,8 @@ def open(path: str | os.PathLike[str], *, scale_dtype: Any = None, dequantize: b
         raise FileNotFoundError(f"open: {path} does not exist; pass a local directory or file")
     if path.suffix == ".gguf":
         return gguf.open(path, scale_dtype=scale_dtype, dequantize=dequantize)
+    if path.is_file() and (saved := trees.open_if_saved(path)) is not None:
+        return saved
     config = safetensors.read_config(path)
     if "quantization" in config:
         return mlx.open(path, config=config)

@@ -25,7 +25,7 @@ import numpy as np
 
 from jaxq.array import QuantizedArray, is_quantized
 from jaxq.checkpoints import safetensors
-from jaxq.checkpoints.entries import Entry, dense
+from jaxq.checkpoints.entries import Checkpoint, Entry, dense
 from jaxq.checkpoints.files import parse_json, refuse
 from jaxq.checkpoints.safetensors import DTYPES, Tensor
 from jaxq.spec import Mode, QuantSpec
@@ -80,8 +80,7 @@ def load(path: str | os.PathLike[str], *, like: Any = None) -> Any:
     tensors, metadata = safetensors.read_header(path)
     if _KEY not in metadata:
         raise refuse(path, "was not written by jaxq.save; jaxq.checkpoints.load reads models' checkpoints")
-    described = parse_json(path, metadata[_KEY].encode())
-    entries, values = _entries(path, described, tensors)
+    described, entries, values = _read_description(path, tensors, metadata)
     names = list(itertools.chain(entries, values))
     if like is None and described.get("tree") is None:
         raise ValueError(f"load: {path} holds a tree with nodes of classes of your own; pass such a tree as like")
@@ -102,6 +101,19 @@ def load(path: str | os.PathLike[str], *, like: Any = None) -> Any:
         return _rebuild(described["tree"], set(names), leaf)
     except (_BadTree, RecursionError) as error:
         raise refuse(path, f"its tree is damaged: {error}") from None
+
+
+def open_if_saved(path: Path) -> Checkpoint | None:
+    """A file that `save` wrote as a checkpoint: its arrays by their paths, without the tree. None for any other file.
+
+    Raises:
+      CheckpointError: a file that is not well-formed.
+    """
+    tensors, metadata = safetensors.read_header(path)
+    if _KEY not in metadata:
+        return None
+    _, entries, _ = _read_description(path, tensors, metadata)
+    return Checkpoint(path, "jaxq", {}, entries)
 
 
 # ---- names
@@ -215,8 +227,11 @@ def _rebuild_node(node: Any, names: set[str], leaf: Any) -> Any:
     raise _BadTree(f"a node is {str(node)[:100]}")
 
 
-def _entries(path: Path, described: Any, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Entry], dict[str, Any]]:
-    """The arrays and the Python values of a file, checked against each other; nothing is read."""
+def _read_description(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, Entry], dict[str, Any]]:
+    """The description, and the arrays and the Python values by it, checked against the tensors; nothing is read."""
+    described = parse_json(path, metadata[_KEY].encode())
     if not isinstance(described, dict) or described.get("version") != _VERSION:
         raise refuse(path, f"its jaxq metadata are not of version {_VERSION}")
     leaves, values = described.get("leaves"), described.get("values")
@@ -226,7 +241,7 @@ def _entries(path: Path, described: Any, tensors: Mapping[str, Tensor]) -> tuple
     used = {part for name, entry in entries.items() for part, _ in _parts(name, entry.abstract)}
     if unused := next((name for name in tensors if name not in used), None):
         raise refuse(path, "is no part of the tree that the metadata describe", unused)
-    return entries, {name: _value(path, name, value) for name, value in values.items()}
+    return described, entries, {name: _value(path, name, value) for name, value in values.items()}
 
 
 def _entry(path: Path, name: str, fields: Any, tensors: Mapping[str, Tensor]) -> Entry:

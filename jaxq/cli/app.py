@@ -50,7 +50,8 @@ def _told(as_json: bool) -> Iterator[None]:
         raise
     except _ERRORS as error:
         # What the library calls an argument is an option here.
-        message = re.sub(r"\b(overwrite|dequantize)=True\b", r"--\1", str(error))
+        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        message = re.sub(r"\b(overwrite|dequantize)=True\b", r"--\1", text)
         message = re.sub(r"\b(scale_dtype|groups_of_16)='?(\w+)'?", _as_option, message)
         if as_json:
             print(json.dumps({"error": message}))

@@ -153,7 +153,7 @@ def test_a_tensor_without_a_name(tmp_path, name):
 @pytest.mark.parametrize(
     "key, value, message",
     [
-        ("llama.block_count", None, r"llama\.block_count are None"),
+        ("llama.block_count", None, r"llama\.block_count are missing"),
         ("llama.block_count", "2", r"llama\.block_count are 2"),
         ("llama.attention.head_count", 0, "0 heads"),
         ("llama.attention.key_length", 48, "heads of 48"),

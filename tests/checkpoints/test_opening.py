@@ -3,6 +3,7 @@
 import json
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,6 +22,17 @@ def test_mlx_and_dense(tmp_path):
     checkpoint = checkpoints.open(tmp_path / "n")
     assert checkpoint.format == "safetensors" and checkpoint.config["model_type"] == "x"
     assert checkpoints.load(tmp_path / "n" / "model.safetensors")["a.weight"].shape == (3,)
+
+
+def test_a_saved_tree_opens_by_its_paths(tmp_path):
+    qw = jaxq.quantize(jnp.ones((4, 64)), bits=4, axis=-1)
+    jaxq.save(tmp_path / "x.safetensors", {"params": [qw, np.ones(3, np.float32)], "steps": 7})
+    checkpoint = checkpoints.open(tmp_path / "x.safetensors")
+    assert checkpoint.format == "jaxq" and list(checkpoint) == ["params.0", "params.1"]
+    assert checkpoint.entries["params.0"].kind == "int4g64"
+    assert jax.tree.all(jax.tree.map(np.array_equal, checkpoint["params.0"], qw))
+    with pytest.raises(ValueError, match=r"'params.0' is not named `\*.weight`"):
+        checkpoints.convert(checkpoint, tmp_path / "out")
 
 
 @pytest.mark.parametrize("method", [{"quant_method": "bitsandbytes"}, {"bits": 4}, 3])
