@@ -146,19 +146,21 @@ Outcome MatmulDot(const MatmulArgs& args, const Weight& weight, const Parallel& 
 constexpr int64_t kColumns = 512;    // columns of w per task
 constexpr int64_t kColumnRows = 16;  // rows of x at most: with more, a panel of floats is faster
 constexpr int64_t kColumnTile = 4;   // rows of x whose sums are in registers
-constexpr int64_t kSumRows = 32;     // rows of w whose codes are unpacked at a time
+constexpr int64_t kSumRows = 32;     // rows of w whose scales are converted at a time
 
 struct ColumnScratch {
-  uint8_t codes[kSumRows][kColumns + 64];
   float scales[kSumRows][kColumns / 16], biases[kSumRows][kColumns / 16];
   float scaled[kSumRows][kColumnTile][kColumns / 16];  // x * scale
   float biased[kColumnRows][kColumns / 16];            // sum of x * bias
   float totals[kColumnRows][kColumns];
 };
 
-// totals[m, at : at + kVectors*kLanes] += sum over rows of scaled * codes.
-template <Kind kKind, int kM, int kVectors>
-JAXQ_INLINE void SumStripe(int64_t g, int64_t rows, int64_t at, const ColumnScratch& s, float (*totals)[kColumns]) {
+// totals[m, at : at + kVectors*kLanes] += sum over rows of scaled * codes. w: the codes of the first row from `at` on.
+template <Kind kKind, int kBits, int kM, int kVectors>
+JAXQ_INLINE void SumStripe(const Weight& weight, const uint8_t* w, int64_t rows, int64_t at, const ColumnScratch& s,
+                           float (*totals)[kColumns]) {
+  constexpr int kUnit = 16 / kLanes;
+  const int64_t g = weight.format.group_size;
   F sums[kM][kVectors];
   int64_t group[kVectors];
   JAXQ_UNROLL
@@ -167,12 +169,16 @@ JAXQ_INLINE void SumStripe(int64_t g, int64_t rows, int64_t at, const ColumnScra
   for (auto& row : sums)
     JAXQ_UNROLL
     for (F& sum : row) sum = Zero();
-  for (int64_t r = 0; r < rows; ++r) {
+  for (int64_t r = 0; r < rows; ++r, w += weight.row_bytes) {
     JAXQ_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      const F values = Values<kKind>(s.codes[r] + at + v * kLanes);
+    for (int first = 0; first < kVectors; first += kUnit) {
+      F values[kUnit];
+      PackedValues<kKind, kBits>(w + first / kUnit * 2 * kBits, values);
       JAXQ_UNROLL
-      for (int m = 0; m < kM; ++m) sums[m][v] = Fma(values, Set1(s.scaled[r][m][group[v]]), sums[m][v]);
+      for (int v = first; v < first + kUnit; ++v)
+        JAXQ_UNROLL
+        for (int m = 0; m < kM; ++m)
+          sums[m][v] = Fma(values[v - first], Set1(s.scaled[r][m][group[v]]), sums[m][v]);
     }
   }
   JAXQ_UNROLL
@@ -184,9 +190,11 @@ JAXQ_INLINE void SumStripe(int64_t g, int64_t rows, int64_t at, const ColumnScra
     }
 }
 
-// Rows m .. m+kM of x by a block of `rows` rows of w from n on, whose codes and scales are in the scratch.
-template <Kind kKind, int kM>
-void SumTile(int64_t g, int64_t rows, int64_t count, const float* x, int64_t stride, int64_t m, ColumnScratch* s) {
+// Rows m .. m+kM of x by a block of `rows` rows of w, whose scales are in the scratch. w: the first row's codes.
+template <Kind kKind, int kBits, int kM>
+void SumTile(const Weight& weight, const uint8_t* w, int64_t rows, int64_t count, const float* x, int64_t stride,
+             int64_t m, ColumnScratch* s) {
+  const int64_t g = weight.format.group_size;
   // Vectors of sums for each row of x: with those of the codes they fill the registers, 32 of the widest vectors.
   constexpr int kRegisters = kLanes == 8 ? 8 : 16, kVectors = kM == 1 ? 8 : kM == 3 ? kRegisters / 4 : kRegisters / kM;
   for (int64_t r = 0; r < rows; ++r) {
@@ -201,12 +209,13 @@ void SumTile(int64_t g, int64_t rows, int64_t count, const float* x, int64_t str
   }
   int64_t at = 0;
   for (; at + kVectors * kLanes <= count; at += kVectors * kLanes)
-    SumStripe<kKind, kM, kVectors>(g, rows, at, *s, s->totals + m);
-  for (; at < count; at += kLanes) SumStripe<kKind, kM, 1>(g, rows, at, *s, s->totals + m);
+    SumStripe<kKind, kBits, kM, kVectors>(weight, w + at / 8 * kBits, rows, at, *s, s->totals + m);
+  for (; at < count; at += 16)
+    SumStripe<kKind, kBits, kM, 16 / kLanes>(weight, w + at / 8 * kBits, rows, at, *s, s->totals + m);
 }
 
 // y[:, first : first+count], count a multiple of group_size and of 16.
-template <Kind kKind>
+template <Kind kKind, int kBits>
 void SumColumns(const MatmulArgs& args, const Weight& weight, int64_t first, int64_t count, const float* x,
                 ColumnScratch* s) {
   const int64_t g = weight.format.group_size, groups = count / g, tiles = Ceil(args.M, kColumnTile);
@@ -214,20 +223,20 @@ void SumColumns(const MatmulArgs& args, const Weight& weight, int64_t first, int
   std::memset(s->totals, 0, sizeof s->totals);
   for (int64_t n = 0; n < args.N; n += kSumRows) {
     const int64_t rows = Least(kSumRows, args.N - n);
+    const uint8_t* w = weight.packed + n * weight.row_bytes + first / 8 * kBits;
     for (int64_t r = 0; r < rows; ++r) {
       // The next rows': pieces too short for the hardware to foresee. (An address past the end does nothing.)
-      const uint8_t* next = weight.packed + (n + r + kSumRows) * weight.row_bytes + first / 8 * weight.format.bits;
-      for (int64_t i = 0; i < count / 8 * weight.format.bits; i += 64) __builtin_prefetch(next + i);
-      weight.Codes(n + r, first, count, s->codes[r]);
+      const uint8_t* next = w + (r + kSumRows) * weight.row_bytes;
+      for (int64_t i = 0; i < count / 8 * kBits; i += 64) __builtin_prefetch(next + i);
       weight.Scales(n + r, first / g, groups, s->scales[r]);
       weight.Biases(n + r, first / g, groups, s->biases[r]);
     }
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t m = tile * args.M / tiles, height = (tile + 1) * args.M / tiles - m;
-      if (height == 1) SumTile<kKind, 1>(g, rows, count, x + n, args.N, m, s);
-      if (height == 2) SumTile<kKind, 2>(g, rows, count, x + n, args.N, m, s);
-      if (height == 3) SumTile<kKind, 3>(g, rows, count, x + n, args.N, m, s);
-      if (height == 4) SumTile<kKind, 4>(g, rows, count, x + n, args.N, m, s);
+      if (height == 1) SumTile<kKind, kBits, 1>(weight, w, rows, count, x + n, args.N, m, s);
+      if (height == 2) SumTile<kKind, kBits, 2>(weight, w, rows, count, x + n, args.N, m, s);
+      if (height == 3) SumTile<kKind, kBits, 3>(weight, w, rows, count, x + n, args.N, m, s);
+      if (height == 4) SumTile<kKind, kBits, 4>(weight, w, rows, count, x + n, args.N, m, s);
     }
   }
   for (int64_t m = 0; m < args.M; ++m) {
@@ -249,7 +258,9 @@ Outcome MatmulColumns(const MatmulArgs& args, const Weight& weight, const Parall
   parallel.For(Ceil(args.K, kColumns), [&](int64_t task, int slot) {
     auto* s = reinterpret_cast<ColumnScratch*>(cursor + slot * Room<ColumnScratch>(1));
     const int64_t first = task * kColumns, count = Least(kColumns, args.K - first);
-    WithKind(weight.kind, [&](auto kind) { SumColumns<decltype(kind)::value>(args, weight, first, count, x, s); });
+    WithCodes(weight, [&](auto kind, auto bits) {
+      SumColumns<decltype(kind)::value, decltype(bits)::value>(args, weight, first, count, x, s);
+    });
   });
   return Outcome::kDone;
 }
