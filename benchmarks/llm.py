@@ -176,12 +176,12 @@ class LlamaCpp:
 
 ENGINES = {
     "jaxq": (Jax, None, {}),
+    "matmuls": (Matmuls, None, {}),
     "jax-bf16": (Jax, None, {"dense": jnp.bfloat16}),
     "jax-f32": (Jax, None, {"dense": jnp.float32}),
     "mlx-lm": (MlxLm, "mlx_lm", {}),
     "llama-q4_0": (LlamaCpp, "llama_cpp", {"kind": "Q4_0"}),
     "llama-q4_1": (LlamaCpp, "llama_cpp", {"kind": "Q4_1"}),
-    "matmuls": (Matmuls, None, {}),
 }
 
 
@@ -278,11 +278,13 @@ def rounds(args: Any, engines: dict[str, Any]) -> tuple[dict[str, list[float]], 
     prefill: dict[str, list[float]] = {name: [] for name in engines}
     bandwidth, limits = [], Limits()
     for _ in range(args.rounds):
-        if limits.available:
-            bandwidth.append(limits.measure(2, 512)[0])
         for name, engine in engines.items():
             if (seconds := engine.prefill()) is not None:
                 prefill[name].append(seconds / args.context)
+        # What is set against each other, steps, products and reading, follows closely.
+        if limits.available:
+            bandwidth.append(limits.measure(2, 512)[0])
+        for name, engine in engines.items():
             decode[name].append(engine.decode())
     return decode, prefill, bandwidth
 

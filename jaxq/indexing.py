@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from types import EllipsisType
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxq.array import QuantizedArray, from_storage, storage_order
 
@@ -84,7 +86,7 @@ def _take(qw: QuantizedArray, entries: list[Any], grouped: int, dtype: Any) -> Q
         raise IndexError(
             f"QuantizedArray: rows of a weight that is held by {qw.spec.held_by} can't be indexed, only leading axes"
         )
-    leaves = [leaf[tuple(storage)] for leaf in qw.leaves]
+    leaves = [_pick(leaf, storage) for leaf in qw.leaves]
     result = type(qw)(*leaves, spec=qw.spec, axis=-1)
 
     # What became of each axis, in logical order: the axes that remain, with the grouped one among them.
@@ -101,6 +103,33 @@ def _take(qw: QuantizedArray, entries: list[Any], grouped: int, dtype: Any) -> Q
         raise IndexError(f"QuantizedArray: rows under several contracted axes {qw.axis} can't be looked up")
     dense = result.dequantize(qw.float_dtype if dtype is None else dtype)
     return from_storage(dense, (-1 - after,)) if before + after == dense.ndim - 1 else dense
+
+
+def _pick(leaf: jax.Array, storage: list[Any]) -> jax.Array:
+    """`leaf[*storage]`; of a leaf of 16 bits without a pass over all of it."""
+    axis = next((i for i, entry in enumerate(storage) if not isinstance(entry, int | slice)), None)
+    if axis is None or leaf.dtype.itemsize != 2:
+        return leaf[tuple(storage)]
+    ids, storage = storage[axis], [*storage[:axis], slice(None), *storage[axis + 1 :]]
+    whole = all(map(_is_full, storage, leaf.shape))
+    return _pick_halves(axis, leaf if whole else leaf[tuple(storage)], ids)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+@functools.partial(jax.jit, static_argnums=0)
+def _pick_halves(axis: int, leaf: jax.Array, ids: jax.Array) -> jax.Array:
+    """Along an axis, as the bits they are: for a gather of bfloat16 or float16 XLA on CPUs converts the whole array.
+
+    The barrier ties the array to the ids. Without it XLA takes the bits of the whole, a copy, ahead of a loop.
+    """
+    leaf, ids = lax.optimization_barrier((leaf, ids))
+    bits = lax.bitcast_convert_type(leaf, jnp.uint16)
+    return lax.bitcast_convert_type(bits[(slice(None),) * axis + (ids,)], leaf.dtype)
+
+
+@_pick_halves.defjvp
+def _pick_halves_jvp(axis: int, primals: Any, tangents: Any) -> Any:
+    return _pick_halves(axis, *primals), tangents[0][(slice(None),) * axis + (primals[1],)]
 
 
 def _axis_of_rows(qw: QuantizedArray) -> int:

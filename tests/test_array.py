@@ -171,6 +171,49 @@ def test_take_of_a_stack():
     np.testing.assert_array_equal(stack.take([4, 0], jnp.float32), jaxq.dequantize(stack, jnp.float32)[:, [4, 0]])
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_rows_have_the_derivatives_of_dense_ones(qw, dtype):
+    """By the scales, whose narrow dtypes are looked up as bits: those of rows taken after dequantization."""
+    ids = jnp.array([[1, 5], [1, -2]])
+    scales, biases = (leaf.astype(dtype) for leaf in (qw.scales, qw.biases))
+
+    def rows(look_up):
+        def function(scales, biases):
+            return look_up(jaxq.QuantizedArray.from_packed(qw.packed, scales, biases, bits=4, group_size=32))
+
+        return function
+
+    ours = rows(lambda qw: qw.take(ids, jnp.float32))
+    reference = rows(lambda qw: jaxq.dequantize(qw, jnp.float32)[ids])
+    out, pull = jax.vjp(ours, scales, biases)
+    expected, pull_reference = jax.vjp(reference, scales, biases)
+    np.testing.assert_array_equal(out, expected)
+    # Whole numbers up to 3, summed over 32 places with codes up to 15 and twice for row 1, are at most 2**11.5, but
+    # bfloat16 has 8 bits: a rounding for each of the two sums.
+    g = jnp.arange(out.size, dtype=jnp.float32).reshape(out.shape) % 4
+    for mine, theirs in zip(pull(g), pull_reference(g), strict=True):
+        assert mine.dtype == dtype
+        eps = 2 * float(jnp.finfo(dtype).eps)
+        np.testing.assert_allclose(mine.astype(jnp.float32), theirs.astype(jnp.float32), rtol=eps)
+    tangents = jnp.ones_like(scales), jnp.ones_like(biases)
+    mine, theirs = (jax.jvp(f, (scales, biases), tangents)[1] for f in (ours, reference))
+    np.testing.assert_allclose(mine, theirs, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_rows_looked_up_in_a_loop_leave_the_table_alone(dtype):
+    """No copy of the scales, wider or as bits, is made: the program needs less memory of its own than one takes."""
+    table = jaxq.quantize(jnp.ones((4096, 256), dtype), bits=4, group_size=32)
+
+    def sum_of_rows(table, tokens):
+        return jax.lax.scan(
+            lambda total, token: (total + table.take(token, jnp.float32).sum(), None), jnp.float32(0), tokens
+        )[0]
+
+    compiled = jax.jit(sum_of_rows).lower(table, jnp.zeros((64, 1), jnp.int32)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < table.scales.nbytes
+
+
 def test_wrong_uses_of_take(qw):
     for ids in (slice(2), None, ..., (1, 2)):
         with pytest.raises(TypeError, match="take: ids="):

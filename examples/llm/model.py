@@ -5,8 +5,8 @@ Parameters are a dict:
   head      [V, D]; absent where the head is tied to the embedding
   norm      float[D]
   segments  a tuple of runs of layers; in each, every leaf has the run's layers as its first axis. Layers of one format
-            make one run, under one `lax.scan`; a layer in a format of its own is a run of one. Quantized weights go
-            into the loop whole, with the number of the layer: see `project`
+            make one run, under one `lax.fori_loop`; a layer in a format of its own is a run of one. Quantized weights
+            go into the loop whole, with the number of the layer: see `project`
 A layer is a dict:
   attention_norm, mlp_norm  float[D]
   q_norm, k_norm            float[head_dim], family qwen3
@@ -101,7 +101,7 @@ def _run(
 
 
 def _segment(config: Config, segment: Params, x: jax.Array, cache: Any, positions: jax.Array, angles: Any) -> Any:
-    """A run of layers, under `lax.scan` where it is more than one."""
+    """A run of layers, under `lax.fori_loop` where it is more than one."""
     count = segment["attention_norm"].shape[0]
     sliced = jax.tree.map(lambda w: None if jaxq.is_quantized(w) else w, segment, is_leaf=jaxq.is_quantized)
 
@@ -113,12 +113,12 @@ def _segment(config: Config, segment: Params, x: jax.Array, cache: Any, position
         return _layer(config, layer, x, cache, 0, positions, angles)
 
     # The cache is carried, not scanned over: a carried buffer is updated in place, a scanned one is copied.
-    def step(carry: Any, scanned: Any) -> Any:
+    def step(number: jax.Array, carry: Any) -> Any:
         x, cache = carry
-        layer, number = scanned
-        return _layer(config, with_stacks(layer), x, cache, number, positions, angles), None
+        layer = with_stacks(jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, number, keepdims=False), sliced))
+        return _layer(config, layer, x, cache, number, positions, angles)
 
-    return lax.scan(step, (x, cache), (sliced, jnp.arange(count)))[0]
+    return lax.fori_loop(0, count, step, (x, cache))
 
 
 def _layer(config: Config, layer: Params, x: jax.Array, cache: Any, number: Any, positions: Any, angles: Any) -> Any:
@@ -159,25 +159,8 @@ def attend_in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Ar
 
 
 def look_up(table: Any, tokens: jax.Array, dtype: Any) -> jax.Array:
-    """Rows of an embedding [V, D]: int[B, S] -> dtype[B, S, D].
-
-    Where it is quantized, `table.take(tokens, dtype)` but for how the scales are gathered: see `_rows`, through whose
-    bits no derivative goes, which a library's look-up must have.
-    """
-    if jaxq.is_quantized(table):
-        return jax.tree.map(lambda leaf: _rows(leaf, tokens), table).dequantize(dtype)
-    return table[tokens].astype(dtype)
-
-
-def _rows(table: jax.Array, tokens: jax.Array) -> jax.Array:
-    """`table[tokens]`, its bits taken for integers: for a gather in bfloat16 XLA converts the whole table on CPUs.
-
-    The barrier ties the table to the tokens: else XLA takes the bits of the whole table, a copy, ahead of a loop.
-    """
-    if table.dtype.itemsize != 2:
-        return table[tokens]
-    table, tokens = lax.optimization_barrier((table, tokens))
-    return lax.bitcast_convert_type(lax.bitcast_convert_type(table, jnp.uint16)[tokens], table.dtype)
+    """Rows of an embedding [V, D]: int[B, S] -> dtype[B, S, D]."""
+    return table.take(tokens, dtype) if jaxq.is_quantized(table) else table[tokens].astype(dtype)
 
 
 def project(x: jax.Array, weights: tuple[Any, ...], bias: jax.Array | None, number: Any) -> jax.Array:
