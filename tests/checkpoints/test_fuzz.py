@@ -48,7 +48,7 @@ def tree_seed(path):
     return path / "x.safetensors"
 
 
-SEEDS = {"mlx": mlx_seed, "gptq": gptq_seed, "awq": awq_seed, "gguf": gguf_seed, "tree": tree_seed}
+SEEDS = {"mlx": mlx_seed, "gptq": gptq_seed, "awq": awq_seed, "gguf": gguf_seed, "tree": tree_seed, "saved": tree_seed}
 # Numbers that lie on the edges of what readers compute with.
 EDGES = [0, 1, 7, 255, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
 
