@@ -314,7 +314,6 @@ struct Digits32 {
 struct TQ1 : TernaryScales {
   static constexpr int kBytes = 54, kHalvesAt[] = {52};
 #ifdef __AVX2__
-  static void Codes(const uint8_t*, uint8_t*);  // Words does it
   static JAXQ_INLINE void Words(const uint8_t* block, uint8_t* out) {
     // The 20 bytes of the rest, behind 12 of the first ones, not to read beyond the block: the 16 to the low half.
     const __m256i end = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + 20));
