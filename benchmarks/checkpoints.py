@@ -16,7 +16,7 @@ of all formats but MLX's are several times slower without it.
 Prints medians, their ratios to `read` and to `read+copy`, the time that processors spent (which other programs disturb
 less), and for jaxq the peak of the resident memory beyond that before the load, as a multiple of the arrays' bytes;
 each from a process of its own, which has used and freed as much memory just before. A run during which other programs
-took more than a tenth of a CPU is done again, at most five times as many in all; then it counts, and the result says
+took more than a tenth of a CPU is done again, at most three times as many in all; then it counts, and the result says
 how many such there are.
 
     python benchmarks/checkpoints.py --format mlx gptq awq gguf:Q4_0 gguf:Q4_K gguf:Q6_K --gigabytes 4 --repeats 3
@@ -117,7 +117,7 @@ def measure(path: Path, format: str, repeats: int, only: list[str] | None) -> di
     ways = [way for way in ways if not only or way in only]
     times: dict[str, list[float]] = {way: [] for way in ways}
     cpu_times: dict[str, list[float]] = {way: [] for way in ways}
-    peaks, again, disturbed = [0.0], 4 * repeats * len(ways), 0
+    peaks, again, disturbed = [0.0], 2 * repeats * len(ways), 0
     for _ in range(repeats):
         for way in ways:
             while (measured := child(path, way))["others_cpus"] > 0.1 and again:
