@@ -7,12 +7,14 @@
 #ifndef JAXQ_KERNELS_CPU_BF16_GEMM_INL_H_
 #define JAXQ_KERNELS_CPU_BF16_GEMM_INL_H_
 
+#include "digits-inl.h"
 #include "quads-inl.h"
 
 namespace jaxq::cpu {
 namespace JAXQ_ISA {
 namespace {
 
+constexpr int64_t kLeastPairRows = 33;  // of x: fewer are as fast or faster as integers of two digits
 constexpr int64_t kPairTile = 6;  // rows of x in registers: 6 x 2 vectors of a group's sums, and as many of results
 // Pairs of bfloat16 from bytes of codes: the low and the high two of each quad.
 class PairDecoder {
@@ -222,7 +224,9 @@ class Bf16Product {
 };
 
 Outcome MatmulBf16(const MatmulArgs& args, const Weight& weight, const Parallel& parallel) {
-  if (!args.transpose || args.M <= FewRows(args.format) || args.x_dtype != DType::kBF16) return Outcome::kDeclined;
+  if (!args.transpose || args.x_dtype != DType::kBF16) return Outcome::kDeclined;
+  const bool integers = args.format.mode != Mode::kMxfp8 && DigitsFor(args.x_dtype, args.K) == 2;
+  if (args.M < (integers ? kLeastPairRows : FewRows(args.format) + 1)) return Outcome::kDeclined;
   return Bf16Product(args, weight, parallel).Run();
 }
 
