@@ -23,6 +23,7 @@ namespace {
 
 constexpr int kVnniRows = 4;    // of w at a time
 constexpr int64_t kChunk = 16;  // groups whose scales are in a register
+constexpr int64_t kPage = 4096;
 
 template <DType kDType>
 struct DTypeConstant {
@@ -333,8 +334,10 @@ Outcome DotOfShape(const MatmulArgs& args, const Weight& weight, const Parallel&
   x.steps = Ceil(args.K, Shape::kCodes), x.groups = args.groups();
   const int64_t floats = args.M * x.padded_groups(), digits = args.M * x.steps * Shape::kDigitBytes;
   const int64_t scaled = kVnniRows * x.padded_groups() + kChunk;  // a step reads 16, whichever it needs
+  // A page before each: what one core fetches ahead of its own, or counts with, would else be what another writes.
+  const int64_t slot_room = kPage + Room<float>(scaled);
   const Scratch scratch(Room<int8_t>(digits) + 2 * Room<float>(floats) + Runs::RoomFor(parallel) +
-                        parallel.slots() * Room<float>(scaled) + Room<int8_t>(3 * x.steps * Shape::kCodes));
+                        parallel.slots() * slot_room + Room<int8_t>(3 * x.steps * Shape::kCodes));
   if (!scratch.ok()) return Outcome::kNoMemory;
   char* cursor = scratch.data();
   x.digits = Take<int8_t>(&cursor, digits);
@@ -342,11 +345,11 @@ Outcome DotOfShape(const MatmulArgs& args, const Weight& weight, const Parallel&
   x.sums = Take<float>(&cursor, floats);
   int64_t* next = Take<int64_t>(&cursor, 8 * parallel.slots());
   char* const slots = cursor;
-  cursor += parallel.slots() * Room<float>(scaled);
+  cursor += parallel.slots() * slot_room;
   for (int64_t m = 0; m < args.M; ++m)
     if (!PrepareDot<Shape>(args, m, x, reinterpret_cast<int8_t*>(cursor))) return Outcome::kDeclined;
   ForRuns(args.N, parallel, next, [&](int64_t first, int64_t last, int slot) {
-    float* mine = reinterpret_cast<float*>(slots + slot * Room<float>(scaled));
+    float* mine = reinterpret_cast<float*>(slots + slot * slot_room + kPage);
     // What is read more than once is still in the second-level cache when its turn comes again.
     const int64_t step = args.M > 2 ? kRunTask : last - first;
     for (int64_t n = first; n < last; n += step) DotRange<Shape, kE2m1>(args, weight, x, mine, n, Least(last, n + step));
