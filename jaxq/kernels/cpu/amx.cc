@@ -1,6 +1,5 @@
 // Intel's AMX with bfloat16 (Sapphire Rapids and later): matrix products of more than a few rows, and attention of many
-// queries. The rest, and transpose=True with groups of 16 where amx_dense-inl.h does not take it, goes to the AVX-512
-// kernels.
+// queries. The rest goes to the AVX-512 kernels.
 
 #include <immintrin.h>
 
@@ -22,7 +21,6 @@ namespace {
 }  // namespace
 }  // namespace jaxq::cpu::amx
 
-#include "amx_dense-inl.h"
 #include "amx_gemm-inl.h"
 #include "amx_plain-inl.h"
 
@@ -65,17 +63,14 @@ namespace amx {
 namespace {
 
 // Below, the kernels of avx512_bf16 and avx512_vnni were as fast or faster where the two were measured side by side.
-constexpr int64_t kLeastBf16Rows = 4, kLeastRows = 9, kLeastPlainRows = 16;
+constexpr int64_t kLeastBf16Rows = 6, kLeastRows = 7, kLeastPlainRows = 16;
 
 Outcome Matmul(const MatmulArgs& args, const Parallel& parallel) {
   const int64_t least = args.x_dtype == DType::kBF16 ? kLeastBf16Rows : kLeastRows;
   if (args.M < (args.transpose ? least : kLeastPlainRows)) return Outcome::kDeclined;
   const Weight weight(args, args.N, args.K);
   if (!args.transpose) return MatmulPlain(args, weight, parallel);
-  if (args.x_dtype == DType::kBF16 && args.M > kFewColumns && args.K % kStep == 0 && args.K >= kLeastTerms)
-    return MatmulDense(args, weight, parallel);
-  if (args.format.group_size % kStep != 0) return Outcome::kDeclined;
-  return args.M <= kFewColumns ? MatmulRows(args, weight, parallel) : MatmulTiles(args, weight, parallel);
+  return args.format.affine() ? MatmulTiles<true>(args, weight, parallel) : MatmulTiles<false>(args, weight, parallel);
 }
 
 }  // namespace

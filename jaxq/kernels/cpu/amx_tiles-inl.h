@@ -1,6 +1,6 @@
 // Tile registers for amx.cc. Included inside its namespace.
 //
-// Tiles are numbers known at compile time, all of 16 rows by 64 bytes. The instructions are written out: gcc's
+// Tiles are numbers known at compile time, of up to 16 rows, 64 bytes apart in memory. The instructions are written out: gcc's
 // intrinsics take only literal numbers, and gcc 12 drops stores to a configuration that only they read. Every one that
 // touches memory says so, so that the compiler moves no store of ours across it.
 
@@ -32,13 +32,16 @@ JAXQ_INLINE void ReleaseTiles() { asm volatile("tilerelease" ::: "memory"); }
 #include "scripts/amx_emulation.h"
 #endif
 
-// Tiles are configured from its beginning to its end; one for each task.
+// Tiles are configured from its beginning to its end; one for each task. Tiles 0 to 3 are results of 16 rows and columns,
+// 4 and 5 left operands of `depth` columns of bfloat16, 6 and 7 right operands of depth/2 rows.
 class TileScope {
  public:
-  TileScope() {
-    alignas(64) uint8_t config[64] = {1};                 // the palette
-    for (int i = 0; i < 8; ++i) config[16 + 2 * i] = 64;  // bytes a row, 16 bits each
-    for (int i = 0; i < 8; ++i) config[48 + i] = 16;      // rows
+  explicit TileScope(int64_t depth = 32) {
+    alignas(64) uint8_t config[64] = {1};  // the palette
+    for (int i = 0; i < 8; ++i) {
+      config[16 + 2 * i] = static_cast<uint8_t>(i == 4 || i == 5 ? 2 * depth : 64);  // bytes a row, 16 bits each
+      config[48 + i] = static_cast<uint8_t>(i < 6 ? 16 : depth / 2);                  // rows
+    }
     ConfigureTiles(config);
   }
   ~TileScope() { ReleaseTiles(); }

@@ -333,6 +333,7 @@ inline std::vector<Case> MatmulCases(bool quick) {
     for (DType x : dtypes) cases.push_back({{Mode::kAffine, 4, 64}, 70, 700, 1216, transpose, x, DType::kBF16, ++seed});
     cases.push_back({{Mode::kAffine, 4, 64}, 530, 144, 128, transpose, DType::kF32, DType::kF32, ++seed});
     cases.push_back({{Mode::kAffine, 4, 64}, 530, 144, 128, transpose, DType::kBF16, DType::kF32, ++seed});
+    cases.push_back({{Mode::kAffine, 4, 64}, 530, 40, 1152, transpose, DType::kBF16, DType::kBF16, ++seed});
   }
   return cases;
 }
