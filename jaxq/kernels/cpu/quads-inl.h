@@ -1,7 +1,8 @@
-// Panels of codes for the integer and bfloat16 matrix products: kPanelRows rows of w by kPanelDepth codes, as bytes.
+// Panels of codes for the matrix products of panels-inl.h: kPanelRows rows of w by some hundreds of codes, transposed
+// in units of 32 bits, so that a vector has one word of 16 rows each.
 //
-// A quad is 4 neighbouring codes of one row, 32 bits. The panel holds, for each tile of 32 rows and each quad of the
-// depth, the 32 rows' quads side by side: two vectors, one product each. Rows past the end of w hold zeros.
+// A word has the codes as they are packed where it holds whole ones (2, 4 and 8 bits), and else four, unpacked to
+// bytes. What one shift cuts out of it, every P-th of its codes, meets in a lane; x is put in that order.
 
 #ifndef JAXQ_KERNELS_CPU_QUADS_INL_H_
 #define JAXQ_KERNELS_CPU_QUADS_INL_H_
@@ -12,35 +13,86 @@ namespace jaxq::cpu {
 namespace JAXQ_ISA {
 namespace {
 
-constexpr int64_t kPanelRows = 128;
-constexpr int64_t kPanelDepth = 512;
-constexpr int64_t kQuadTile = 32;
-constexpr int64_t kMaxPanelGroups = kPanelDepth / 16;
+constexpr int64_t kPanelRows = 32;
+constexpr int64_t kMaxPanelGroups = 32;  // whose scales are taken together
 
-// 16 rows by 64 codes: calls put(i, quads) for i in 0..15 with quad i of every row.
-template <typename Put>
-JAXQ_INLINE void QuadBlock(const Weight& weight, const Unpacker& unpack, int64_t row, int64_t first, int64_t count,
-                           Put&& put) {
-  const int64_t rows = Least(16, weight.rows - row);
-  const uint8_t* src = weight.packed + row * weight.row_bytes + first / 8 * weight.format.bits;
-  __m512i quads[16];
-  for (int64_t r = 0; r < 16; ++r, src += weight.row_bytes) {
-    // The next 16 rows' bytes: too many short streams for the hardware to follow.
-    _mm_prefetch(reinterpret_cast<const char*>(src + 16 * weight.row_bytes), _MM_HINT_T0);
-    quads[r] = r < rows ? unpack(src, count) : _mm512_setzero_si512();
+// Fetches a rectangle of rows into the second-level cache, a few lines at a time, in the order in which they lie in
+// memory: a block's codes are used a line of each row at a time, which neither the hardware foresees nor memory likes.
+class Fetcher {
+ public:
+  Fetcher() = default;
+  // `width` bytes of each of `rows` rows, `stride` bytes apart.
+  Fetcher(const void* first, int64_t width, int64_t rows, int64_t stride)
+      : row_(static_cast<const char*>(first)), width_(width), stride_(stride), rows_(rows) {
+    if (width == stride) width_ *= rows, rows_ = rows > 0;  // whole rows are one
   }
-  TransposeWords(quads);
-  for (int i = 0; i < 16; ++i) put(i, quads[i]);
-}
 
-// Scales and biases of rows n .. n+count, groups first .. first+groups, transposed: out[group][kPanelRows].
-struct PanelScales {
-  float scales[kMaxPanelGroups][kPanelRows], biases[kMaxPanelGroups][kPanelRows];
+  int64_t lines() const { return rows_ * Ceil(width_, 64); }  // at first
+
+  JAXQ_INLINE void Next(int64_t lines) {
+    if (rows_ > 0 && at_ + 64 * lines < width_) {
+      for (int64_t i = 0; i < lines; ++i) _mm_prefetch(row_ + at_ + 64 * i, _MM_HINT_T1);
+      at_ += 64 * lines;
+      return;
+    }
+    for (; lines > 0 && rows_ > 0; --lines) {
+      _mm_prefetch(row_ + at_, _MM_HINT_T1);
+      at_ += 64;
+      if (at_ >= width_) at_ = 0, row_ += stride_, --rows_;
+    }
+  }
+
+ private:
+  const char* row_ = nullptr;
+  int64_t width_ = 0, stride_ = 0, rows_ = 0, at_ = 0;
 };
 
-// `centre` is what the panel subtracts from every code: it goes into the biases.
+// 16 rows of w, `row` and after, from src on: words[i] has word i of each. Rows past the end of w are zeros. load(src)
+// gives a row's words.
+template <typename Load>
+JAXQ_INLINE void WordBlock(const Weight& weight, int64_t row, const uint8_t* src, Load&& load, __m512i* words) {
+  const int64_t rows = Least(16, weight.rows - row);
+  for (int64_t r = 0; r < 16; ++r, src += weight.row_bytes) words[r] = r < rows ? load(src) : _mm512_setzero_si512();
+  TransposeWords(words);
+}
+
+// Calls put(k, r, words) for the words of codes first+k .. in rows n+r .. n+r+16, r = 0 and 16, up to `depth` codes.
+// kWidth: bits of a code in a word. kSpread: it is packed in fewer.
+template <int kWidth, bool kSpread, typename Put>
+JAXQ_INLINE void ForWords(const Weight& weight, const Unpacker& unpack, int64_t n, int64_t first, int64_t depth,
+                          Put&& put) {
+  constexpr int64_t kCodes = 32 / kWidth, kLine = 16 * kCodes;
+  const int64_t bits = kSpread ? weight.format.bits : kWidth;
+  for (int64_t r = 0; r < kPanelRows; r += 16) {
+    const uint8_t* src = weight.packed + (n + r) * weight.row_bytes + first / 8 * bits;
+    for (int64_t k = 0; k < depth; k += kLine, src += kLine / 8 * bits) {
+      const int64_t codes = Least(kLine, depth - k);
+      const __mmask64 bytes = FirstBytes(codes / 8 * bits);
+      __m512i words[16];
+      WordBlock(weight, n + r, src,
+                [&](const uint8_t* row) __attribute__((always_inline)) {
+                  if constexpr (kSpread) return unpack(row, codes);
+                  return _mm512_maskz_loadu_epi8(bytes, row);
+                },
+                words);
+      JAXQ_UNROLL
+      for (int64_t i = 0; i < 16; ++i)
+        if (i * kCodes < codes) put(k + i * kCodes, r, words[i]);
+    }
+  }
+}
+
+// Scales and biases of some rows, transposed.
+template <int64_t kRows>
+struct PanelScales {
+  float scales[kMaxPanelGroups][kRows], biases[kMaxPanelGroups][kRows];
+};
+
+// Those of rows n .. n+count, groups first .. first+groups. `centre` is what a panel subtracts from every code: it goes
+// into the biases.
+template <int64_t kRows>
 void FillScales(const Weight& weight, int64_t n, int64_t count, int64_t first, int64_t groups, float centre,
-                PanelScales* out) {
+                PanelScales<kRows>* out) {
   for (int64_t r0 = 0; r0 < count; r0 += 16) {
     for (int64_t j0 = 0; j0 < groups; j0 += 16) {
       const int64_t wide = Least(16, groups - j0);
@@ -62,9 +114,17 @@ void FillScales(const Weight& weight, int64_t n, int64_t count, int64_t first, i
   }
 }
 
-// Rows of x that are multiplied in one go: what they are packed into stays near 12 MiB, or 64 rows.
-JAXQ_INLINE int64_t PassRows(const MatmulArgs& args, int64_t bytes_per_value) {
-  return Least(args.M, Most((12 << 20) / (args.K * bytes_per_value) / 4 * 4, 64));
+// Words of up to 16 rows side by side: out[words][rows]. load(r, at) gives words at .. at+16 of row r; what it gives
+// past the last one is not used.
+template <typename Load>
+JAXQ_INLINE void InterleaveWords(int64_t words, int64_t rows, int32_t* out, Load&& load) {
+  const __mmask16 mask = FirstLanes(rows);
+  for (int64_t at = 0; at < words; at += 16) {
+    __m512i block[16];
+    for (int64_t r = 0; r < 16; ++r) block[r] = r < rows ? load(r, at) : _mm512_setzero_si512();
+    TransposeWords(block);
+    for (int64_t i = 0; i < Least(16, words - at); ++i, out += rows) _mm512_mask_storeu_epi32(out, mask, block[i]);
+  }
 }
 
 }  // namespace

@@ -10,10 +10,10 @@ namespace JAXQ_ISA {
 namespace {
 
 // Up to so many rows of x are multiplied row by row (vnni_dot-inl.h), for what panels cost is not made up for before.
-// Codes that come two or more to a byte are multiplied so at less cost for each.
+// The more codes come to a byte, the less they cost there.
 JAXQ_INLINE int64_t FewRows(const Format& format) {
   if (format.mode == Mode::kMxfp8) return 4;
-  return format.bits <= 4 ? 8 : 4;
+  return format.bits < 4 ? 8 : format.bits == 4 ? 6 : 4;
 }
 
 JAXQ_INLINE __mmask16 FirstLanes(int64_t count) { return static_cast<__mmask16>((1 << Least(count, 16)) - 1); }

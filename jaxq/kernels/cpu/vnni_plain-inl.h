@@ -16,7 +16,7 @@ namespace jaxq::cpu {
 namespace JAXQ_ISA {
 namespace {
 
-constexpr int64_t kChunkRows = 512;  // a multiple of kPanelRows
+constexpr int64_t kChunkRows = 512;  // a multiple of kBlockRows
 constexpr int64_t kPlainPassRows = 256;
 constexpr int64_t kPlainSums = 128 << 10;     // bytes of a strip's sums, which stay in the second-level cache
 constexpr int64_t kPlainPartials = 8 << 20;   // bytes of all chunks' sums at most
@@ -26,10 +26,10 @@ constexpr int64_t kFirstLines = 4096;         // of a chunk's codes, fetched bef
 constexpr int kMaxTileRows = 6;
 
 struct PlainScratch {
-  alignas(64) uint8_t codes[kSpanVectors / 2][kPanelRows / 4][2][64];
-  int8_t digits[kSpan / 16][3][kPanelRows];  // of the groups of a span, or of one group and some rows of x
+  alignas(64) uint8_t codes[kSpanVectors / 2][kBlockRows / 4][2][64];
+  int8_t digits[kSpan / 16][3][kBlockRows];  // of the groups of a span, or of one group and some rows of x
   float units[kSpan / 16], biases[kSpan / 16];
-  PanelScales scales;
+  PanelScales<kBlockRows> scales;
 };
 
 JAXQ_INLINE __m512i BroadcastWord(const int8_t* word) {
@@ -57,7 +57,7 @@ JAXQ_INLINE void MultiplyColumns(const uint8_t* codes, int64_t quads, const Plai
     for (int m = 0; m < kM; ++m) {
       JAXQ_UNROLL
       for (int d = 0; d < kDigits; ++d) {
-        const __m512i digit = BroadcastWord(word + (3 * m + d) * kPanelRows);
+        const __m512i digit = BroadcastWord(word + (3 * m + d) * kBlockRows);
         JAXQ_UNROLL
         for (int v = 0; v < kVectors; ++v) sums[m][v][d] = DotBytes(sums[m][v][d], w[v], digit);
       }
@@ -106,7 +106,7 @@ JAXQ_INLINE void MultiplySpan(const Quads& load, SpanOfRows span, const PlainScr
     for (int group = 0; group < kGroups; ++group) {
       __m512i digits[kDigits];
       JAXQ_UNROLL
-      for (int d = 0; d < kDigits; ++d) digits[d] = BroadcastWord(word + (3 * group + d) * kPanelRows);
+      for (int d = 0; d < kDigits; ++d) digits[d] = BroadcastWord(word + (3 * group + d) * kBlockRows);
       JAXQ_UNROLL
       for (int v = group * kVectors; v < (group + 1) * kVectors; ++v) {
         const __m512i codes = load.Vector(quads, v);
@@ -129,7 +129,7 @@ JAXQ_INLINE int64_t StripColumns(const Format& format) { return Least(kMaxPanelG
 template <int kDigits, typename Quads>
 class PlainProduct {
  public:
-  // Rows m0 .. m0+rows of x. x: float[rows][kPanelRows] for the block at hand.
+  // Rows m0 .. m0+rows of x. x: float[rows][kBlockRows] for the block at hand.
   PlainProduct(const MatmulArgs& args, const Weight& weight, const Quads& load, int64_t m0, int64_t rows,
                PlainScratch* scratch, float* x)
       : args_(args),
@@ -148,8 +148,8 @@ class PlainProduct {
     now.scales.Next(now.scale_lines);
     now.biases.Next(now.scale_lines);
     now.codes.Next(kFirstLines);
-    for (int64_t n = first; n < last; n += kPanelRows)
-      if (!Block(n, Least(kPanelRows, last - n), last, k, width, y, stride)) return false;
+    for (int64_t n = first; n < last; n += kBlockRows)
+      if (!Block(n, Least(kBlockRows, last - n), last, k, width, y, stride)) return false;
     return true;
   }
 
@@ -162,11 +162,11 @@ class PlainProduct {
   bool Block(int64_t n, int64_t count, int64_t last, int64_t k, int64_t width, float* y, int64_t stride) const {
     const int64_t bits = weight_.format.bits, strip = StripColumns(weight_.format), spans = Ceil(width, kSpan);
     for (int64_t m = 0; m < rows_; ++m) {
-      float* row = x_ + m * kPanelRows;
+      float* row = x_ + m * kBlockRows;
       ToFloats(args_.x_dtype, args_.x, (m0_ + m) * args_.N + n, count, row);
-      std::memset(row + count, 0, static_cast<size_t>(kPanelRows - count) * sizeof(float));
+      std::memset(row + count, 0, static_cast<size_t>(kBlockRows - count) * sizeof(float));
     }
-    Fetchers next = Fetch(n + kPanelRows, last, k, width);
+    Fetchers next = Fetch(n + kBlockRows, last, k, width);
     for (int64_t column = 0; column < width; column += kSpan) {
       const int64_t columns = Least(kSpan, width - column), in_strip = column % strip;
       if (in_strip == 0) TakeScales(n, count, k + column, Least(strip, width - column));
@@ -188,7 +188,7 @@ class PlainProduct {
 
   // For rows n .. of a block before row `last`.
   Fetchers Fetch(int64_t n, int64_t last, int64_t k, int64_t width) const {
-    const int64_t rows = Most(0, Least(kPanelRows, last - n)), size = SizeOf(weight_.scale_dtype);
+    const int64_t rows = Most(0, Least(kBlockRows, last - n)), size = SizeOf(weight_.scale_dtype);
     const int64_t at = n * weight_.groups + k / weight_.format.group_size, wide = width / weight_.format.group_size * size;
     const auto scales = [&](const void* base) {
       return Fetcher(static_cast<const char*>(base) + at * size, wide, rows, weight_.groups * size);
@@ -202,15 +202,15 @@ class PlainProduct {
   void TakeScales(int64_t n, int64_t count, int64_t k, int64_t columns) const {
     const int64_t g = weight_.format.group_size, filled = RoundUp(count, 16);
     FillScales(weight_, n, count, k / g, columns / g, 0.0f, &s_->scales);
-    for (int64_t j = 0; j < columns / g && filled < kPanelRows; ++j) {
-      std::memset(s_->scales.scales[j] + filled, 0, static_cast<size_t>(kPanelRows - filled) * sizeof(float));
-      std::memset(s_->scales.biases[j] + filled, 0, static_cast<size_t>(kPanelRows - filled) * sizeof(float));
+    for (int64_t j = 0; j < columns / g && filled < kBlockRows; ++j) {
+      std::memset(s_->scales.scales[j] + filled, 0, static_cast<size_t>(kBlockRows - filled) * sizeof(float));
+      std::memset(s_->scales.biases[j] + filled, 0, static_cast<size_t>(kBlockRows - filled) * sizeof(float));
     }
   }
 
   // Digits of row m for the group `group` of the strip, as number `at`.
   JAXQ_INLINE bool Split(int64_t m, int64_t group, int64_t at) const {
-    return SplitScaled<kDigits>(x_ + m * kPanelRows, s_->scales.scales[group], s_->scales.biases[group],
+    return SplitScaled<kDigits>(x_ + m * kBlockRows, s_->scales.scales[group], s_->scales.biases[group],
                                 {s_->digits[at][0], s_->units + at, s_->biases + at});
   }
 
@@ -309,7 +309,7 @@ Outcome PlainPasses(const MatmulArgs& args, const Weight& weight, const Parallel
   const int64_t fair = RoundUp(Ceil(args.K, Ceil(tasks, can_cut ? chunks : 1)), strip);
   const int64_t width = Least(Least(most, fair), RoundUp(args.K, kSpan)), strips = Ceil(args.K, width);
   const bool cut = can_cut && strips < tasks;
-  const int64_t x_room = Room<float>(pass * kPanelRows), sum_room = Room<float>(pass * width);
+  const int64_t x_room = Room<float>(pass * kBlockRows), sum_room = Room<float>(pass * width);
   const int64_t slot_room = Room<PlainScratch>(1) + x_room + 2 * sum_room;
   const Scratch scratch(parallel.slots() * slot_room + (cut ? chunks * strips * sum_room : 0));
   if (!scratch.ok()) return Outcome::kNoMemory;
@@ -320,7 +320,7 @@ Outcome PlainPasses(const MatmulArgs& args, const Weight& weight, const Parallel
     parallel.For(cut ? strips * chunks : strips, [&](int64_t task, int slot) {
       char* mine = scratch.data() + slot * slot_room;
       auto* s = Take<PlainScratch>(&mine, 1);
-      float* x = Take<float>(&mine, pass * kPanelRows);
+      float* x = Take<float>(&mine, pass * kBlockRows);
       float* terms = Take<float>(&mine, pass * width);
       float* total = Take<float>(&mine, pass * width);
       const int64_t strip = cut ? task / chunks : task, k = strip * width, count = Least(width, args.K - k);

@@ -1,4 +1,4 @@
-// The two operands of vnni_plain-inl.h's products, for blocks of kPanelRows rows of w.
+// The two operands of vnni_plain-inl.h's products, for blocks of kBlockRows rows of w.
 //
 //   codes   four rows interleaved, so that a 32-bit lane has one column's codes of four rows: unsigned bytes.
 //   x       times the rows' scales, a group of columns at a time, as integers of two or three balanced base-256 digits
@@ -18,6 +18,7 @@ namespace {
 
 constexpr int64_t kSpan = 128;  // columns at a time: one cache line of nibbles
 constexpr int kSpanVectors = 8;
+constexpr int64_t kBlockRows = 128;  // of w, that share a unit of x
 
 // a[4] -> vector u has, for every 128-bit lane, the four bytes of dword u of a[0] to a[3], interleaved.
 JAXQ_INLINE void Interleave(const __m512i* a, __m512i* out) {
@@ -102,45 +103,17 @@ class ColumnQuads {
   __m512i spread_, shifts_, words_, mask_;
 };
 
-// Fetches a rectangle of rows into the second-level cache, a few lines at a time, in the order in which they lie in
-// memory: a block's codes are used a line of each row at a time, which neither the hardware foresees nor memory likes.
-class Fetcher {
- public:
-  // `width` bytes of each of `rows` rows, `stride` bytes apart.
-  Fetcher(const void* first, int64_t width, int64_t rows, int64_t stride)
-      : row_(static_cast<const char*>(first)), width_(width), stride_(stride), rows_(rows) {
-    if (width == stride) width_ *= rows, rows_ = rows > 0;  // whole rows are one
-  }
-
-  JAXQ_INLINE void Next(int64_t lines) {
-    if (rows_ > 0 && at_ + 64 * lines < width_) {
-      for (int64_t i = 0; i < lines; ++i) _mm_prefetch(row_ + at_ + 64 * i, _MM_HINT_T1);
-      at_ += 64 * lines;
-      return;
-    }
-    for (; lines > 0 && rows_ > 0; --lines) {
-      _mm_prefetch(row_ + at_, _MM_HINT_T1);
-      at_ += 64;
-      if (at_ >= width_) at_ = 0, row_ += stride_, --rows_;
-    }
-  }
-
- private:
-  const char* row_;
-  int64_t width_, stride_, rows_, at_ = 0;
-};
-
 // A block's row of x times the scales of one group.
 struct ScaledRow {
-  int8_t* digits;  // [kDigits][kPanelRows], the highest first
+  int8_t* digits;  // [kDigits][kBlockRows], the highest first
   float* unit;
   float* bias;  // the sum of x times the rows' biases
 };
 
-// x, scales, biases: float[kPanelRows]. False as SplitGroup.
+// x, scales, biases: float[kBlockRows]. False as SplitGroup.
 template <int kDigits>
 JAXQ_INLINE bool SplitScaled(const float* x, const float* scales, const float* biases, const ScaledRow& out) {
-  constexpr int kVectors = kPanelRows / 16;
+  constexpr int kVectors = kBlockRows / 16;
   // The digits below the highest are taken after their middle, 128, is added to each, so that a shift cuts them off.
   constexpr float kRange = DigitRange(kDigits), kMiddle = kDigits == 3 ? 32896.0f : 128.0f;
   __m512 products[kVectors], bias = _mm512_setzero_ps();
@@ -177,7 +150,7 @@ JAXQ_INLINE bool SplitScaled(const float* x, const float* scales, const float* b
     }
     JAXQ_UNROLL
     for (int d = 0; d < kDigits; ++d)
-      _mm512_storeu_si512(out.digits + (kDigits - 1 - d) * kPanelRows + 64 * half,
+      _mm512_storeu_si512(out.digits + (kDigits - 1 - d) * kBlockRows + 64 * half,
                           _mm512_permutexvar_epi32(order, digits[d]));
   }
   return true;
