@@ -14,6 +14,7 @@ Run it on an otherwise idle machine.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import pathlib
@@ -36,6 +37,7 @@ import jaxq
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]  # w[N, K]
 ROWS = [1, 4, 8, 16, 64, 128, 512]
 OURS = "jaxq"
+COLD_BYTES = 512 << 20  # more than any cache
 
 
 # What a call takes, and what stands for its repetitions; --cpu-time has other ones.
@@ -101,8 +103,17 @@ def matmul_cases(args) -> list[dict]:
     return found
 
 
+def from_memory(x, qw, implementation: str | None) -> Callable[[], object]:
+    """`ours`, whose calls go from weight to weight: more copies of one than caches hold, so each comes from memory."""
+    weights = [qw] + [jax.tree.map(jnp.copy, qw) for _ in range(COLD_BYTES // qw.nbytes)]
+    compiled = jax.jit(lambda x, qw: jaxq.quantized_matmul(x, qw, implementation=implementation)).lower(x, qw).compile()
+    turns = itertools.cycle(weights)
+    return lambda: compiled(x, next(turns)).block_until_ready()
+
+
 def format_cases(args) -> list[dict]:
-    """One row of x by other formats: the time should be in proportion to the bytes read."""
+    """One row of x by other formats: the time should be in proportion to the bytes read. The weights are what the last
+    call read, and in a second measurement come from memory."""
     rng, found = np.random.default_rng(0), []
     specs = [
         dict(bits=b, group_size=g) for b, g in ((4, 64), (2, 64), (3, 64), (8, 64), (4, 32), (4, 128), (5, 64), (6, 64))
@@ -112,12 +123,18 @@ def format_cases(args) -> list[dict]:
     for dtype in args.dtypes:
         x = jnp.asarray(rng.standard_normal((1, k)), dtype)
         weights = {str(jaxq.QuantSpec(**spec)): random_weight(rng, n, k, dtype, **spec) for spec in specs}
-        seconds = interleave({name: ours(x, qw, args.implementation) for name, qw in weights.items()}, args.rounds)
-        base = seconds["int4g64"] / weights["int4g64"].nbytes
-        for name, qw in weights.items():
-            ratio = seconds[name] / qw.nbytes / base
-            print(f"{dtype} M=1 {name:8s} {seconds[name] * 1e6:8.1f} us  per byte, over int4g64's: {ratio:.2f}")
-            found.append({"case": f"{dtype} M=1 {name}", "seconds": {OURS: seconds[name]}, "per_byte": ratio})
+        warm = interleave({name: ours(x, qw, args.implementation) for name, qw in weights.items()}, args.rounds)
+        cold = {}
+        for name, qw in weights.items():  # one after another: copies of all would not fit
+            cold |= interleave({name: from_memory(x, qw, args.implementation)}, args.rounds)
+        for where, seconds in (("", warm), (" from memory", cold)):
+            base = seconds["int4g64"] / weights["int4g64"].nbytes
+            for name, qw in weights.items():
+                ratio = seconds[name] / qw.nbytes / base
+                took = f"{seconds[name] * 1e6:8.1f} us {qw.nbytes / seconds[name] / 1e9:6.1f} GB/s"
+                print(f"{dtype} M=1 {name:8s} {took}  per byte, over int4g64's: {ratio:.2f}{where}")
+                case = {"case": f"{dtype} M=1 {name}{where}", "seconds": {OURS: seconds[name]}, "per_byte": ratio}
+                found.append(case)
     return found
 
 
@@ -170,11 +187,17 @@ def overhead_cases(args) -> list[dict]:
 
 
 def threads_cases(args) -> list[dict]:
-    """One CPU's time over two CPUs', for one row by weights from memory and for 512 rows; processes take turns."""
+    """One CPU's time over two CPUs', for one row by weights from memory and for 512 rows; processes take turns.
+
+    How much faster two threads read memory than one, and multiply floats, bounds it.
+    """
     if len(os.sched_getaffinity(0)) < 2:
         print("threads: left out: the process has one CPU")
         return []
     script, found = str(pathlib.Path(__file__).with_name("threads.py")), []
+    single, double = machine_limits(1), machine_limits(2)
+    for name in double:
+        print(f"limits: {name} of two threads over one's: {double[name] / single[name]:.2f}")
     chosen = ["--implementation", args.implementation] if args.implementation else []
     for dtype in args.dtypes:
         times: dict[int, list[dict]] = {1: [], 2: []}
