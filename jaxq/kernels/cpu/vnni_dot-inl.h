@@ -187,10 +187,15 @@ struct DotTile {
     }
   }
 
+  // As far ahead of group `at` as codes are fetched. `size`: bytes of a scale.
+  JAXQ_INLINE void Prefetch(const void* base, int64_t at, int64_t size) const {
+    const int64_t ahead = (kAhead * 8 / kBits) >> __builtin_ctz(static_cast<unsigned>(weight.format.group_size));
+    _mm_prefetch(static_cast<const char*>(base) + (at + ahead) * size, _MM_HINT_T0);
+  }
+
   template <DType kDType>
   JAXQ_INLINE __m512 LoadAhead(const void* base, int64_t at, __mmask16 mask) const {
-    const int64_t ahead = (kAhead * 8 / kBits) >> __builtin_ctz(static_cast<unsigned>(weight.format.group_size));
-    _mm_prefetch(static_cast<const char*>(base) + (at + ahead) * SizeOf(kDType), _MM_HINT_T0);
+    Prefetch(base, at, SizeOf(kDType));
     return LoadSome(kDType, base, at, mask);
   }
 
@@ -204,6 +209,7 @@ struct DotTile {
     };
     if constexpr (kE2m1) {
       TakeScales(n, count, state, [&](int64_t at, __mmask16 mask, F* scales, F* biases) __attribute__((always_inline)) {
+        Prefetch(weight.scales, at, 1);
         *scales = LoadScales(weight, at, mask);
         *biases = _mm512_mul_ps(*scales, _mm512_set1_ps(-12.0f));  // scales are halved already
       });
