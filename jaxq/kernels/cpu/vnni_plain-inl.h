@@ -20,7 +20,9 @@ constexpr int64_t kChunkRows = 512;  // a multiple of kBlockRows
 constexpr int64_t kPlainPassRows = 256;
 constexpr int64_t kPlainSums = 128 << 10;     // bytes of a strip's sums, which stay in the second-level cache
 constexpr int64_t kPlainPartials = 8 << 20;   // bytes of all chunks' sums at most
-constexpr int64_t kPlainTasks = 8;            // per slot, as near as may be
+constexpr int64_t kPlainBlock = 256 << 10;    // bytes of codes of a block, which is fetched into that cache while
+                                              // another is multiplied
+constexpr int64_t kPlainTasks = 4;            // per slot, as near as may be
 constexpr int64_t kSingleRows = 2;            // of x, to unpack the codes for each rather than share a panel
 constexpr int64_t kFirstLines = 4096;         // of a chunk's codes, fetched before it begins
 constexpr int kMaxTileRows = 6;
@@ -144,12 +146,12 @@ class PlainProduct {
   // y[rows][stride] = rows first .. last of w, columns k .. k+width. False where x cannot be split.
   bool Run(int64_t first, int64_t last, int64_t k, int64_t width, float* y, int64_t stride) const {
     std::memset(y, 0, static_cast<size_t>(rows_ * stride) * sizeof(float));
-    Fetchers now = Fetch(first, last, k, width);
+    Fetchers now = Fetch(first, k, width);
     now.scales.Next(now.scale_lines);
     now.biases.Next(now.scale_lines);
     now.codes.Next(kFirstLines);
     for (int64_t n = first; n < last; n += kBlockRows)
-      if (!Block(n, Least(kBlockRows, last - n), last, k, width, y, stride)) return false;
+      if (!Block(n, Least(kBlockRows, last - n), k, width, y, stride)) return false;
     return true;
   }
 
@@ -158,15 +160,15 @@ class PlainProduct {
 
   int64_t First(int64_t tile) const { return tile * rows_ / tiles_; }
 
-  // The block of rows after this one is fetched on the way, up to row `last`.
-  bool Block(int64_t n, int64_t count, int64_t last, int64_t k, int64_t width, float* y, int64_t stride) const {
+  // The block of rows after this one is fetched on the way, be it in this chunk or in the next.
+  bool Block(int64_t n, int64_t count, int64_t k, int64_t width, float* y, int64_t stride) const {
     const int64_t bits = weight_.format.bits, strip = StripColumns(weight_.format), spans = Ceil(width, kSpan);
     for (int64_t m = 0; m < rows_; ++m) {
       float* row = x_ + m * kBlockRows;
       ToFloats(args_.x_dtype, args_.x, (m0_ + m) * args_.N + n, count, row);
       std::memset(row + count, 0, static_cast<size_t>(kBlockRows - count) * sizeof(float));
     }
-    Fetchers next = Fetch(n + kBlockRows, last, k, width);
+    Fetchers next = Fetch(n + kBlockRows, k, width);
     for (int64_t column = 0; column < width; column += kSpan) {
       const int64_t columns = Least(kSpan, width - column), in_strip = column % strip;
       if (in_strip == 0) TakeScales(n, count, k + column, Least(strip, width - column));
@@ -186,9 +188,9 @@ class PlainProduct {
     int64_t scale_lines;
   };
 
-  // For rows n .. of a block before row `last`.
-  Fetchers Fetch(int64_t n, int64_t last, int64_t k, int64_t width) const {
-    const int64_t rows = Most(0, Least(kBlockRows, last - n)), size = SizeOf(weight_.scale_dtype);
+  // For rows n .. of a block.
+  Fetchers Fetch(int64_t n, int64_t k, int64_t width) const {
+    const int64_t rows = Most(0, Least(kBlockRows, args_.N - n)), size = SizeOf(weight_.scale_dtype);
     const int64_t at = n * weight_.groups + k / weight_.format.group_size, wide = width / weight_.format.group_size * size;
     const auto scales = [&](const void* base) {
       return Fetcher(static_cast<const char*>(base) + at * size, wide, rows, weight_.groups * size);
@@ -305,19 +307,25 @@ Outcome PlainPasses(const MatmulArgs& args, const Weight& weight, const Parallel
   // Tasks as wide as they may be, for a page of w has whole rows; but enough of them.
   const bool can_cut = chunks > 1 && chunks * pass * RoundUp(args.K, kSpan) * 4 <= kPlainPartials;
   const int64_t tasks = kPlainTasks * parallel.slots(), strip = StripColumns(args.format);
-  const int64_t most = Most(kSpan, kPlainSums / (4 * pass) / kSpan * kSpan);
+  const int64_t fit = Least(kPlainSums / (4 * pass), kPlainBlock * 8 / (args.format.bits * kBlockRows));
+  const int64_t most = Most(kSpan, fit / kSpan * kSpan);
   const int64_t fair = RoundUp(Ceil(args.K, Ceil(tasks, can_cut ? chunks : 1)), strip);
   const int64_t width = Least(Least(most, fair), RoundUp(args.K, kSpan)), strips = Ceil(args.K, width);
   const bool cut = can_cut && strips < tasks;
   const int64_t x_room = Room<float>(pass * kBlockRows), sum_room = Room<float>(pass * width);
   const int64_t slot_room = Room<PlainScratch>(1) + x_room + 2 * sum_room;
-  const Scratch scratch(parallel.slots() * slot_room + (cut ? chunks * strips * sum_room : 0));
+  const int64_t count_room = Runs::RoomFor(parallel);
+  const Scratch scratch(parallel.slots() * slot_room + count_room + (cut ? chunks * strips * sum_room : 0));
   if (!scratch.ok()) return Outcome::kNoMemory;
-  char* const partials = scratch.data() + parallel.slots() * slot_room;
+  char* const counts = scratch.data() + parallel.slots() * slot_room;
+  char* const partials = counts + count_room;
   bool failed = false;
   for (int64_t m0 = 0; m0 < args.M; m0 += pass) {
     const int64_t rows = Least(pass, args.M - m0);
-    parallel.For(cut ? strips * chunks : strips, [&](int64_t task, int slot) {
+    const Runs runs = {cut ? strips * chunks : strips, parallel.slots(), reinterpret_cast<int64_t*>(counts)};
+    std::memset(counts, 0, static_cast<size_t>(count_room));
+    parallel.For(runs.tasks, [&](int64_t, int slot) {
+      const int64_t task = runs.Take(slot);
       char* mine = scratch.data() + slot * slot_room;
       auto* s = Take<PlainScratch>(&mine, 1);
       float* x = Take<float>(&mine, pass * kBlockRows);

@@ -11,6 +11,7 @@
 
 #include "digits-inl.h"
 #include "quads-inl.h"
+#include "runs-inl.h"
 
 namespace jaxq::cpu {
 namespace JAXQ_ISA {
