@@ -31,9 +31,10 @@ JAXQ_INLINE F LoadValues(const void* base, int64_t at) {
   return kT == DType::kF16 ? LoadF16(halves) : LoadBf16(halves);
 }
 
-// 2**x for x <= 0: 2**n * 2**f with n whole and |f| <= 1/2, the latter by its Taylor series, whose first omitted term
-// is (ln(2)/2)**8 / 8! = 5e-9. Zero below 2**-125; a NaN stays one. Plain operations, which the compiler vectorizes.
-JAXQ_INLINE float Exp2(float x) {
+// 2**x for -125 < x <= 0, or what a larger x of that range gives: 2**n * 2**f with n whole and |f| <= 1/2, the latter by
+// its Taylor series, whose first omitted term is (ln(2)/2)**8 / 8! = 5e-9. Plain operations, which the compiler
+// vectorizes.
+JAXQ_INLINE float Exp2Bounded(float x) {
   const float bounded = x > -125.0f ? x : -125.0f;
   const float shifted = bounded + 0x1.8p23f, f = bounded - (shifted - 0x1.8p23f);  // n is in shifted's last bits
   float y = 1.52527338e-5f;
@@ -44,7 +45,12 @@ JAXQ_INLINE float Exp2(float x) {
   y = y * f + 2.40226507e-1f;
   y = y * f + 6.93147181e-1f;
   y = y * f + 1.0f;
-  const float power = FloatOfBits(BitsOfFloat(y) + (BitsOfFloat(shifted) << 23));
+  return FloatOfBits(BitsOfFloat(y) + (BitsOfFloat(shifted) << 23));
+}
+
+// 2**x for x <= 0; zero below 2**-125; a NaN stays one.
+JAXQ_INLINE float Exp2(float x) {
+  const float power = Exp2Bounded(x);
   return x > -125.0f ? power : x == x ? 0.0f : x;
 }
 
