@@ -1,5 +1,5 @@
-// What a decoder computes between its products (kernels.h), over the vector type of simd-inl.h. Widths of no whole vectors
-// are declined.
+// What a decoder computes between its products (kernels.h), over the vector type of simd-inl.h. Widths of no whole
+// vectors are declined.
 
 #ifndef JAXQ_KERNELS_CPU_DECODER_INL_H_
 #define JAXQ_KERNELS_CPU_DECODER_INL_H_

@@ -35,10 +35,10 @@ struct Completion {
   std::optional<ffi::Future> later;
 };
 
-// The end of a handler's call of `run`, whose work was shared out over `parallel`. XLA begins a program on a thread that is
-// none of the pool's, whose threads are as many as the CPUs and wait for work in a loop: together they are one more than
-// there are CPUs, and take them from each other. So from a program's second such call on, the program goes on in a thread
-// of the pool. (The first may be the only one, for which that would be a detour.)
+// The end of a handler's call of `run`, whose work was shared out over `parallel`. XLA begins a program on a thread that
+// is none of the pool's, whose threads are as many as the CPUs and wait for work in a loop: together they are one more
+// than there are CPUs, and take them from each other. So from a program's second such call on, the program goes on in a
+// thread of the pool. (The first may be the only one, for which that would be a detour.)
 Completion Complete(ffi::Error error, ffi::ThreadPool& pool, ffi::RunId run, const Parallel& parallel);
 
 }  // namespace jaxq::cpu
