@@ -129,7 +129,8 @@ def _mean(x: jax.Array) -> jax.Array:
     """
     size = x.shape[-1]
     while x.shape[-1] % 64 == 0:
-        x = sum(jnp.split(x, 2, axis=-1))
+        low, high = jnp.split(x, 2, axis=-1)
+        x = low + high
     return jnp.sum(x, axis=-1) / jnp.float32(size)
 
 
@@ -157,7 +158,9 @@ def _split_heads(x: jax.Array, cos: jax.Array, sin: jax.Array, *weights: jax.Arr
 # ---- what runs
 
 
-def run(op: str, plain: Callable, kernel: Callable, implementation: str | None, *operands: jax.Array, **static) -> Any:
+def run(
+    op: str, plain: Callable, kernel: Callable, implementation: str | None, *operands: jax.Array, **static: Any
+) -> Any:
     """The kernel on CPUs, where it can and may run, and plain JAX elsewhere.
 
     Args:
