@@ -104,7 +104,8 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
         raise refuse(path, f"{source.size} bytes are too few for a safetensors file")
     length = int(source.read(0, 8).view(np.uint64)[0])
     if length > min(_HEADER_BYTES, source.size - 8):
-        raise refuse(path, f"its header is said to be {length} bytes, in a file of {source.size}; truncated, or none")
+        said = f"its header is said to be {length} bytes, in a file of {source.size}"
+        raise refuse(path, f"{said}; truncated, or no safetensors file")
     header = parse_json(path, source.read(8, length).tobytes())
     if not isinstance(header, dict):
         raise refuse(path, "its header is no JSON object")

@@ -31,9 +31,39 @@ JAXQ_INLINE F LoadValues(const void* base, int64_t at) {
   return kT == DType::kF16 ? LoadF16(halves) : LoadBf16(halves);
 }
 
-// 2**x for x <= 0: 2**n * 2**f with n whole and |f| <= 1/2, the latter by its Taylor series, whose first omitted term
-// is (ln(2)/2)**8 / 8! = 5e-9. Zero below 2**-125; a NaN stays one. Plain operations, which the compiler vectorizes.
-JAXQ_INLINE float Exp2(float x) {
+// kStep vectors. Two of bfloat16 are the even numbers and the odd ones of 2*kLanes: half the loads, and less to widen.
+// What they meet stands in the same order: see DealPairs.
+template <DType kT, int kStep>
+JAXQ_INLINE void LoadStep(const void* base, int64_t at, F* out) {
+  static_assert(kStep == 1 || kT == DType::kBF16);
+  if constexpr (kStep == 2)
+    LoadBf16Pairs(static_cast<const uint16_t*>(base) + at, out, out + 1);
+  else
+    *out = LoadValues<kT>(base, at);
+}
+
+// Brings a row to that order, and back.
+void DealPairs(float* row, int64_t dim) {
+  for (int64_t d = 0; d < dim; d += 2 * kLanes) {
+    float block[2 * kLanes];
+    std::memcpy(block, row + d, sizeof block);
+    for (int i = 0; i < kLanes; ++i) row[d + i] = block[2 * i], row[d + kLanes + i] = block[2 * i + 1];
+  }
+}
+
+void UndealPairs(float* row, int64_t dim) {
+  for (int64_t d = 0; d < dim; d += 2 * kLanes) {
+    float block[2 * kLanes];
+    std::memcpy(block, row + d, sizeof block);
+    for (int i = 0; i < kLanes; ++i) row[d + 2 * i] = block[i], row[d + 2 * i + 1] = block[kLanes + i];
+  }
+}
+
+bool DealsPairs(const AttentionArgs& args) { return args.cache_dtype == DType::kBF16 && args.dim % (2 * kLanes) == 0; }
+
+// 2**x for x <= 0, or 2**-125 below that: 2**n * 2**f with n whole and |f| <= 1/2, the latter by its Taylor series, whose
+// first omitted term is (ln(2)/2)**8 / 8! = 5e-9. Plain operations, which the compiler vectorizes.
+JAXQ_INLINE float Exp2Bounded(float x) {
   const float bounded = x > -125.0f ? x : -125.0f;
   const float shifted = bounded + 0x1.8p23f, f = bounded - (shifted - 0x1.8p23f);  // n is in shifted's last bits
   float y = 1.52527338e-5f;
@@ -44,7 +74,12 @@ JAXQ_INLINE float Exp2(float x) {
   y = y * f + 2.40226507e-1f;
   y = y * f + 6.93147181e-1f;
   y = y * f + 1.0f;
-  const float power = FloatOfBits(BitsOfFloat(y) + (BitsOfFloat(shifted) << 23));
+  return FloatOfBits(BitsOfFloat(y) + (BitsOfFloat(shifted) << 23));
+}
+
+// 2**x for x <= 0; zero below 2**-125; a NaN stays one.
+JAXQ_INLINE float Exp2(float x) {
+  const float power = Exp2Bounded(x);
   return x > -125.0f ? power : x == x ? 0.0f : x;
 }
 
@@ -52,24 +87,29 @@ JAXQ_INLINE float Exp2(float x) {
 
 // scores[r * kChunk + j] of kRows rows of q and kLanes / kRows keys, key j at keys[at(j)]. One transposition sums the
 // lanes of kLanes products.
-template <DType kT, int64_t kRows, typename At>
+template <DType kT, int kStep, int64_t kRows, typename At>
 JAXQ_INLINE void ScoreTile(const float* q, int64_t dim, const void* keys, At&& at, float* scores) {
   constexpr int64_t kKeys = kLanes / kRows;
   F sums[kLanes];
   JAXQ_UNROLL
   for (F& sum : sums) sum = Zero();
   const char* ahead = static_cast<const char*>(keys) + at(0) * SizeOf(kT) + kCacheAhead;
-  for (int64_t d = 0; d < dim; d += kLanes) {
-    F rows[kRows];
+  for (int64_t d = 0; d < dim; d += kStep * kLanes) {
+    F rows[kRows][kStep];
     JAXQ_UNROLL
-    for (int64_t r = 0; r < kRows; ++r) rows[r] = Load(q + r * dim + d);
-    for (int64_t line = 0; line < kKeys * kLanes * SizeOf(kT); line += 64) __builtin_prefetch(ahead + line);
-    ahead += kKeys * kLanes * SizeOf(kT);
+    for (int64_t r = 0; r < kRows; ++r)
+      JAXQ_UNROLL
+      for (int i = 0; i < kStep; ++i) rows[r][i] = Load(q + r * dim + d + i * kLanes);
+    for (int64_t line = 0; line < kKeys * kStep * kLanes * SizeOf(kT); line += 64) __builtin_prefetch(ahead + line);
+    ahead += kKeys * kStep * kLanes * SizeOf(kT);
     JAXQ_UNROLL
     for (int64_t j = 0; j < kKeys; ++j) {
-      const F key = LoadValues<kT>(keys, at(j) + d);
+      F key[kStep];
+      LoadStep<kT, kStep>(keys, at(j) + d, key);
       JAXQ_UNROLL
-      for (int64_t r = 0; r < kRows; ++r) sums[r * kKeys + j] = Fma(rows[r], key, sums[r * kKeys + j]);
+      for (int i = 0; i < kStep; ++i)
+        JAXQ_UNROLL
+        for (int64_t r = 0; r < kRows; ++r) sums[r * kKeys + j] = Fma(rows[r][i], key[i], sums[r * kKeys + j]);
     }
   }
   Transpose(sums);
@@ -84,22 +124,21 @@ JAXQ_INLINE void ScoreTile(const float* q, int64_t dim, const void* keys, At&& a
 }
 
 // The same for count keys from `first` on. Past the last one stand copies of its score: a row has room for kChunk.
-template <DType kT, int64_t kRows>
+template <DType kT, int kStep, int64_t kRows>
 void Scores(const float* q, int64_t dim, const void* keys, int64_t first, int64_t count, float* scores) {
   constexpr int64_t kKeys = kLanes / kRows;
   int64_t t = 0;
   for (; t + kKeys <= count; t += kKeys)
-    ScoreTile<kT, kRows>(q, dim, keys, [&](int64_t j) { return (first + t + j) * dim; }, scores + t);
-  if (t < count)
-    ScoreTile<kT, kRows>(q, dim, keys, [&](int64_t j) { return (first + Least(t + j, count - 1)) * dim; }, scores + t);
+    ScoreTile<kT, kStep, kRows>(q, dim, keys, [&](int64_t j) { return (first + t + j) * dim; }, scores + t);
+  const auto rest = [&](int64_t j) { return (first + Least(t + j, count - 1)) * dim; };
+  if (t < count) ScoreTile<kT, kStep, kRows>(q, dim, keys, rest, scores + t);
 }
 
 // total[r, d : dim] += sum over t of weights[r * kChunk + t] * values[first + t, d : dim], kVectors vectors at a time.
-template <DType kT, int64_t kRows, int64_t kVectors>
+template <DType kT, int kStep, int64_t kRows, int64_t kVectors>
 void AddValues(const float* weights, const void* values, int64_t first, int64_t count, int64_t dim, int64_t d,
                float* total) {
-  constexpr int64_t kStep = kVectors * kLanes;
-  for (; d + kStep <= dim; d += kStep) {
+  for (; d + kVectors * kLanes <= dim; d += kVectors * kLanes) {
     F sums[kRows][kVectors];
     JAXQ_UNROLL
     for (int64_t r = 0; r < kRows; ++r)
@@ -110,10 +149,15 @@ void AddValues(const float* weights, const void* values, int64_t first, int64_t 
       JAXQ_UNROLL
       for (int64_t r = 0; r < kRows; ++r) scaled[r] = Set1(weights[r * kChunk + t]);
       JAXQ_UNROLL
-      for (int64_t i = 0; i < kVectors; ++i) {
-        const F value = LoadValues<kT>(values, (first + t) * dim + d + i * kLanes);
+      for (int64_t i = 0; i < kVectors; i += kStep) {
+        const int64_t at = (first + t) * dim + d + i * kLanes;
+        __builtin_prefetch(static_cast<const char*>(values) + at * SizeOf(kT) + kCacheAhead);
+        F value[kStep];
+        LoadStep<kT, kStep>(values, at, value);
         JAXQ_UNROLL
-        for (int64_t r = 0; r < kRows; ++r) sums[r][i] = Fma(scaled[r], value, sums[r][i]);
+        for (int j = 0; j < kStep; ++j)
+          JAXQ_UNROLL
+          for (int64_t r = 0; r < kRows; ++r) sums[r][i + j] = Fma(scaled[r], value[j], sums[r][i + j]);
       }
     }
     JAXQ_UNROLL
@@ -121,8 +165,8 @@ void AddValues(const float* weights, const void* values, int64_t first, int64_t 
       JAXQ_UNROLL
       for (int64_t i = 0; i < kVectors; ++i) Store(total + r * dim + d + i * kLanes, sums[r][i]);
   }
-  if constexpr (kVectors > 1) {
-    if (d < dim) AddValues<kT, kRows, kVectors / 2>(weights, values, first, count, dim, d, total);
+  if constexpr (kVectors > kStep) {
+    if (d < dim) AddValues<kT, kStep, kRows, kVectors / 2>(weights, values, first, count, dim, d, total);
   }
 }
 
@@ -176,7 +220,14 @@ struct Task {
 
 int64_t SlotBytes(int64_t dim) { return Room<float>(kRowBlock * dim) + Room<float>(kRowBlock * kChunk); }
 
+// The first bytes of what is read next. (An address past the end does nothing.)
 template <DType kT>
+JAXQ_INLINE void Fetch(const void* cache, int64_t at) {
+  const char* first = static_cast<const char*>(cache) + at * SizeOf(kT);
+  for (int64_t line = 0; line < kCacheAhead; line += 64) __builtin_prefetch(first + line);
+}
+
+template <DType kT, int kStep>
 void AttendTo(const AttentionArgs& args, const Task& task, char* scratch, const Partial& partial) {
   const int64_t dim = args.dim, rows = task.rows, head = (task.b * args.kv_heads + task.kv) * args.length;
   float* q = Take<float>(&scratch, kRowBlock * dim);
@@ -186,16 +237,18 @@ void AttendTo(const AttentionArgs& args, const Task& task, char* scratch, const 
     float* row = q + r * dim;
     ToFloats(args.dtype, args.q, OffsetOfRow(args, task.b, task.kv, task.row + r), dim, row);
     for (int64_t d = 0; d < dim; d += kLanes) Store(row + d, Mul(Load(row + d), factor));
+    if constexpr (kStep == 2) DealPairs(row, dim);
     partial.largest[r] = FloatOfBits(0xff800000u), partial.weight[r] = 0.0f;
   }
   for (int64_t i = 0; i < rows * dim; ++i) partial.total[i] = 0.0f;
   const int64_t last = Least(task.last, Visible(args, task.row + rows - 1));
   for (int64_t t = task.first; t < last; t += kChunk) {
     const int64_t count = Least(kChunk, last - t), padded = RoundUp(count, kLanes);
+    Fetch<kT>(args.cache_v, (head + t) * dim);
     for (int64_t k = 0; k < count; k += kKeyBlock)
       ForRows(rows, [&](int64_t r, auto n) {
-        Scores<kT, decltype(n)::value>(q + r * dim, dim, args.cache_k, head + t + k, Least(kKeyBlock, count - k),
-                                       scores + r * kChunk + k);
+        Scores<kT, kStep, decltype(n)::value>(q + r * dim, dim, args.cache_k, head + t + k,
+                                              Least(kKeyBlock, count - k), scores + r * kChunk + k);
       });
     for (int64_t r = 0; r < rows; ++r) {
       float* row = scores + r * kChunk;
@@ -206,8 +259,8 @@ void AttendTo(const AttentionArgs& args, const Task& task, char* scratch, const 
     for (int64_t k = 0; k < count; k += kKeyBlock)
       ForRows(rows, [&](int64_t r, auto n) {
         constexpr int64_t kRows = decltype(n)::value;
-        AddValues<kT, kRows, kValueSums / kRows>(scores + r * kChunk + k, args.cache_v, head + t + k,
-                                                 Least(kKeyBlock, count - k), dim, 0, partial.total + r * dim);
+        AddValues<kT, kStep, kRows, kValueSums / kRows>(scores + r * kChunk + k, args.cache_v, head + t + k,
+                                                        Least(kKeyBlock, count - k), dim, 0, partial.total + r * dim);
       });
   }
 }
@@ -235,6 +288,7 @@ void Finish(const AttentionArgs& args, int64_t b, int64_t kv, int64_t row, int64
     }
   }
   for (int64_t d = 0; d < dim; d += kLanes) Store(sum + d, Div(Load(sum + d), Set1(weight)));
+  if (DealsPairs(args)) UndealPairs(sum, dim);
   FromFloats(args.dtype, sum, dim, args.y, OffsetOfRow(args, b, kv, row + at));
 }
 
@@ -267,11 +321,13 @@ Outcome Attention(const AttentionArgs& args, const Parallel& parallel) {
     char* const own = cursor + slot * slot_bytes;
     const Partial result(base, count, args.dim);
     if (args.cache_dtype == DType::kF32)
-      AttendTo<DType::kF32>(args, task, own, result);
+      AttendTo<DType::kF32, 1>(args, task, own, result);
     else if (args.cache_dtype == DType::kF16)
-      AttendTo<DType::kF16>(args, task, own, result);
+      AttendTo<DType::kF16, 1>(args, task, own, result);
+    else if (DealsPairs(args))
+      AttendTo<DType::kBF16, 2>(args, task, own, result);
     else
-      AttendTo<DType::kBF16>(args, task, own, result);
+      AttendTo<DType::kBF16, 1>(args, task, own, result);
     if (parts == 1) finish(piece, base);
   });
   if (parts > 1)

@@ -33,6 +33,11 @@ JAXQ_INLINE F LoadF16(const uint16_t* p) { return _mm256_cvtph_ps(LoadHalves(p))
 JAXQ_INLINE F LoadBf16(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(LoadHalves(p)), 16));
 }
+JAXQ_INLINE void LoadBf16Pairs(const uint16_t* p, F* even, F* odd) {
+  const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  *even = _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
+  *odd = _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+}
 JAXQ_INLINE void StoreF16(uint16_t* p, F v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
@@ -177,11 +182,13 @@ JAXQ_INLINE void Transpose(F r[8]) {
 
 #include "attention-inl.h"
 #include "convert-inl.h"
+#include "decoder-inl.h"
 #include "madd_dot-inl.h"
 #include "matmul-inl.h"
 
 namespace jaxq::cpu {
 
-const Isa kAvx2 = {"avx2", MissingAvx2, avx2::Quantize, avx2::Dequantize, avx2::MatmulMadd, avx2::Attention};
+const Isa kAvx2 = {"avx2", MissingAvx2, avx2::Quantize, avx2::Dequantize,
+                   avx2::MatmulMadd, avx2::Attention, avx2::AddNorm, avx2::Gated, avx2::SplitHeads};
 
 }  // namespace jaxq::cpu

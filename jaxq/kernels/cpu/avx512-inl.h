@@ -21,6 +21,11 @@ JAXQ_INLINE F LoadF16(const uint16_t* p) { return _mm512_cvtph_ps(LoadHalves(p))
 JAXQ_INLINE F LoadBf16(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(LoadHalves(p)), 16));
 }
+JAXQ_INLINE void LoadBf16Pairs(const uint16_t* p, F* even, F* odd) {
+  const __m512i words = _mm512_loadu_si512(p);
+  *even = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+  *odd = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
 JAXQ_INLINE void StoreF16(uint16_t* p, F v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }

@@ -19,6 +19,11 @@ JAXQ_INLINE F Fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
 
 JAXQ_INLINE F LoadF16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 JAXQ_INLINE F LoadBf16(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
+JAXQ_INLINE void LoadBf16Pairs(const uint16_t* p, F* even, F* odd) {
+  const uint32x4_t words = vreinterpretq_u32_u16(vld1q_u16(p));
+  *even = vreinterpretq_f32_u32(vshlq_n_u32(words, 16));
+  *odd = vreinterpretq_f32_u32(vandq_u32(words, vdupq_n_u32(0xffff0000u)));
+}
 JAXQ_INLINE void StoreF16(uint16_t* p, F v) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
 JAXQ_INLINE void StoreBf16(uint16_t* p, F v) {
   const uint32x4_t bits = vreinterpretq_u32_f32(v), high = vshrq_n_u32(bits, 16);

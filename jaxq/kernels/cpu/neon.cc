@@ -19,10 +19,12 @@ namespace {
 
 #include "attention-inl.h"
 #include "convert-inl.h"
+#include "decoder-inl.h"
 #include "matmul-inl.h"
 
 namespace jaxq::cpu {
 
-const Isa kNeon = {"neon", MissingNeon, neon::Quantize, neon::Dequantize, neon::Matmul, neon::Attention};
+const Isa kNeon = {"neon", MissingNeon, neon::Quantize, neon::Dequantize,
+                   neon::Matmul, neon::Attention, neon::AddNorm, neon::Gated, neon::SplitHeads};
 
 }  // namespace jaxq::cpu

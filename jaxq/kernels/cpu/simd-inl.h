@@ -6,6 +6,7 @@
 //   F                             the vector type
 //   Zero() Set1(f) Load(p) Store(p, v)
 //   LoadF16(p) LoadBf16(p) StoreF16(p, v) StoreBf16(p, v)   uint16_t in memory, rounded to nearest even
+//   LoadBf16Pairs(p, even, odd)   the even numbers and the odd ones of 2*kLanes
 //   FromU8(p) FromS8(p)           kLanes bytes as floats
 //   FromE4m3(p) FromE8m0(p)       kLanes bytes in those formats as floats, NaNs included
 //   FromPacked<bits>(p, v) FromPackedE2m1(p, v)   16 codes of fewer than 8 bits, 2*bits bytes, as 16/kLanes vectors of

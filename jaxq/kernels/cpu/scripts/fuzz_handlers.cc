@@ -76,6 +76,7 @@ void SpoilShape(Random* random, std::vector<int64_t>* dims) {
 }
 
 void SpoilAttribute(Random* random, std::vector<Attribute>* attributes) {
+  if (attributes->empty()) return;
   const auto at = attributes->begin() + Below(random, static_cast<int64_t>(attributes->size()));
   const std::vector<int64_t> numbers = {0, 1, -1, 2, 4, 7, 8, 16, 32, 64, 128, 256, INT64_MAX, INT64_MIN, 1 << 30};
   const std::vector<std::string> texts = {"",    "affine", "mxfp4",       "nvfp4",           "scalar", "avx2",
