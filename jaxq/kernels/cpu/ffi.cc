@@ -189,10 +189,9 @@ Outcome RunBatch(int isa, MatmulArgs args, int64_t batch, const Weight& weight, 
   return Outcome::kDone;
 }
 
-Completion MatmulHandler(ffi::ThreadPool pool, ffi::RunId run, ffi::AnyBuffer x, ffi::AnyBuffer packed,
-                         ffi::AnyBuffer scales, ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> y,
-                         std::string_view mode, int64_t bits, int64_t group_size, bool transpose,
-                         std::string_view isa) try {
+ffi::Error MatmulHandler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer packed, ffi::AnyBuffer scales,
+                         ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> y, std::string_view mode, int64_t bits,
+                         int64_t group_size, bool transpose, std::string_view isa) try {
   constexpr const char* kOp = "quantized_matmul";
   Common common;
   Failure failure;
@@ -220,7 +219,7 @@ Completion MatmulHandler(ffi::ThreadPool pool, ffi::RunId run, ffi::AnyBuffer x,
     return ffi::Error::Success();
   }
   const PoolParallel parallel(pool, args.M * args.N * args.K);
-  return Complete(Finish(kOp, RunBatch(common.isa, args, batch, weight, x, *y, parallel)), pool, run, parallel);
+  return Finish(kOp, RunBatch(common.isa, args, batch, weight, x, *y, parallel));
 } catch (const std::bad_alloc&) {
   return Finish("quantized_matmul", Outcome::kNoMemory);
 }
@@ -302,7 +301,6 @@ JAXQ_EXPORT XLA_FFI_Error* jaxq_empty_cpu(XLA_FFI_CallFrame*);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxq_quantized_matmul_cpu, jaxq::cpu::MatmulHandler,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Ctx<ffi::RunId>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()

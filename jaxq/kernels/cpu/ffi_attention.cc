@@ -66,8 +66,8 @@ bool CheckPlace(const Buffers& in, int64_t* layer, int64_t* position, Failure* f
   return true;
 }
 
-Completion AttentionHandler(ffi::ThreadPool pool, ffi::RunId run, ffi::AnyBuffer q, ffi::AnyBuffer k,
-                            ffi::AnyBuffer v, ffi::AnyBuffer cache_k, ffi::AnyBuffer cache_v, ffi::AnyBuffer layer,
+ffi::Error AttentionHandler(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                            ffi::AnyBuffer cache_k, ffi::AnyBuffer cache_v, ffi::AnyBuffer layer,
                             ffi::AnyBuffer position, ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> new_k,
                             ffi::Result<ffi::AnyBuffer> new_v, float scale, std::string_view isa) try {
   constexpr const char* kOp = "cached_attention";
@@ -99,8 +99,7 @@ Completion AttentionHandler(ffi::ThreadPool pool, ffi::RunId run, ffi::AnyBuffer
                               static_cast<char*>(cache_k.untyped_data()) + offset,
                               static_cast<char*>(cache_v.untyped_data()) + offset,
                               y->untyped_data()};
-  const PoolParallel parallel(pool);
-  return Complete(Finish(kOp, Attention(index, args, parallel)), pool, run, parallel);
+  return Finish(kOp, Attention(index, args, PoolParallel(pool)));
 } catch (const std::bad_alloc&) {
   return Finish("cached_attention", Outcome::kNoMemory);
 }
@@ -113,7 +112,6 @@ JAXQ_EXPORT XLA_FFI_Error* jaxq_cached_attention_cpu(XLA_FFI_CallFrame*);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxq_cached_attention_cpu, jaxq::cpu::AttentionHandler,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Ctx<ffi::RunId>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()

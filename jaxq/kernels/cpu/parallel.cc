@@ -4,7 +4,6 @@
 #include <atomic>
 #include <memory>
 #include <thread>
-#include <utility>
 
 namespace jaxq::cpu {
 namespace {
@@ -27,13 +26,6 @@ struct Job {
     if (mine) done.fetch_add(mine, std::memory_order_release);
   }
 };
-
-// Of the thread at hand.
-struct Place {
-  bool in_pool = false;
-  int64_t run = -1;  // the last one that called here
-};
-thread_local Place place;
 
 void Relax() {
 #if defined(__x86_64__)
@@ -66,18 +58,6 @@ void PoolParallel::Run(int64_t tasks, Task task, void* context) const {
     else
       std::this_thread::yield();  // more threads than cores: let the helper have this one
   }
-}
-
-Completion Complete(ffi::Error error, ffi::ThreadPool& pool, ffi::RunId run, const Parallel& parallel) {
-  if (error.failure() || place.in_pool || parallel.slots() == 1) return error;
-  if (std::exchange(place.run, run.run_id) != run.run_id) return error;
-  ffi::Promise promise;
-  ffi::Future later(promise);
-  pool.Schedule([promise]() mutable {
-    place.in_pool = true;
-    promise.SetAvailable();
-  });
-  return later;
 }
 
 }  // namespace jaxq::cpu

@@ -7,7 +7,6 @@
 #define JAXQ_KERNELS_CPU_SCRIPTS_FFI_HOST_H_
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <deque>
@@ -114,13 +113,6 @@ inline XLA_FFI_Error* CountThreads(XLA_FFI_ThreadPool_NumThreads_Args* args) {
   return nullptr;
 }
 
-// Each call is a run of its own, so none of them goes on in the pool.
-inline XLA_FFI_Error* NumberRun(XLA_FFI_RunId_Get_Args* args) {
-  static std::atomic<int64_t> runs{0};
-  args->run_id = runs++;
-  return nullptr;
-}
-
 inline const XLA_FFI_Api& HostApi() {
   static const XLA_FFI_Api api = [] {
     XLA_FFI_Api made{};
@@ -131,7 +123,6 @@ inline const XLA_FFI_Api& HostApi() {
     made.XLA_FFI_Error_Destroy = DestroyError;
     made.XLA_FFI_ThreadPool_Schedule = ScheduleTask;
     made.XLA_FFI_ThreadPool_NumThreads = CountThreads;
-    made.XLA_FFI_RunId_Get = NumberRun;
     return made;
   }();
   return api;
