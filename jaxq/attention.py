@@ -6,13 +6,14 @@ of a head.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from jaxq import decoder
 from jaxq.lowerings import cpu
 from jaxq.primitives import common
 
@@ -63,10 +64,13 @@ def cached_attention(
         error of the kernels when they run; plain JAX moves it into the range, as its slices do.
     """
     _check(q, k, v, cache_k, cache_v)
-    at = [decoder.index("cached_attention", name, value) for name, value in (("layer", layer), ("position", position))]
+    at = [_index(name, value) for name, value in (("layer", layer), ("position", position))]
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    operands = (q, k, v, cache_k, cache_v, *at)
-    return decoder.run("cached_attention", _plain, cpu.cached_attention, implementation, *operands, scale=scale)
+    name = common.current_implementation() if implementation is None else implementation
+    common.check_implementation("cached_attention", name)
+    usable = cpu.unavailable() is None and (name is None or name.partition(":")[0] == cpu.NAME)
+    choice = (name or cpu.NAME) if usable else None
+    return _attention(q, k, v, cache_k, cache_v, *at, scale=scale, kernel=choice, only=usable and name is not None)
 
 
 def attention(
@@ -97,6 +101,26 @@ def attention(
     y = jnp.einsum("nmt,ntd->nmd", weights, v, preferred_element_type=jnp.float32).astype(q.dtype)
     y = y.reshape(batch, groups, repeat, length, dim)
     return jnp.transpose(y, (0, 3, 1, 2, 4)).reshape(batch, length, heads, dim)
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "kernel", "only"), inline=True)
+def _attention(*operands: jax.Array, scale: float, kernel: str | None, only: bool) -> Any:
+    """kernel: the implementation that runs on CPUs, None for plain JAX there too; only: and nothing runs elsewhere."""
+    if kernel is None:
+        return _plain(*operands, scale=scale)
+    run = functools.partial(_kernel, scale, kernel)
+    default = None if only else functools.partial(_plain, scale=scale)
+    return lax.platform_dependent(*operands, cpu=run, default=default)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _kernel(scale: float, implementation: str, *operands: jax.Array) -> Any:
+    return cpu.cached_attention(*operands, scale=scale, implementation=implementation)
+
+
+@_kernel.defjvp
+def _kernel_jvp(scale: float, implementation: str, primals: Any, tangents: Any) -> Any:
+    return jax.jvp(functools.partial(_plain, scale=scale), primals, tangents)
 
 
 def _plain(
@@ -149,3 +173,9 @@ def _check(q: Any, k: Any, v: Any, cache_k: Any, cache_v: Any) -> None:
         fail(f"KV={groups} heads of keys must divide the H={heads} heads of queries")
     if tokens > length or cache_k.shape[0] == 0:
         fail(f"the cache has no room for S={tokens} tokens; make it longer")
+
+
+def _index(name: str, value: Any) -> jax.Array:
+    if np.ndim(value) != 0 or not jnp.issubdtype(jnp.result_type(value), jnp.integer):
+        raise TypeError(f"cached_attention: {name}={value!r}; pass one integer, int32[]")
+    return jnp.asarray(value, jnp.int32)

@@ -6,7 +6,7 @@ Parameters are a dict:
   norm      float[D]
   segments  a tuple of runs of layers; in each, every leaf has the run's layers as its first axis. Layers of one format
             make one run, under one `lax.fori_loop`; a layer in a format of its own is a run of one. Quantized weights
-            go into the loop whole, with the number of the layer: see `project`; so do the norms
+            go into the loop whole, with the number of the layer: see `project`
 A layer is a dict:
   attention_norm, mlp_norm  float[D]
   q_norm, k_norm            float[head_dim], family qwen3
@@ -33,7 +33,6 @@ import jaxq
 from examples.llm import rope
 from examples.llm.config import Config
 from jaxq.attention import attention, cached_attention
-from jaxq.decoder import add_norm, gated, split_heads
 
 Params = dict[str, Any]
 Cache = tuple[dict[str, jax.Array], ...]
@@ -92,49 +91,43 @@ def _run(
     dtype: Any,
 ) -> tuple[jax.Array, Cache]:
     x = look_up(params["embed"], tokens, dtype)
-    # What a layer adds to x is handed on beside it: the next norm adds it, in the same pass.
-    carry = (x, jnp.zeros_like(x))
     positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
     angles = rope.tables(config, positions)
     new_cache = []
     for number, segment in enumerate(params["segments"]):
-        carry, part = _segment(config, segment, carry, cache[number] if cache else None, positions, angles)
+        x, part = _segment(config, segment, x, cache[number] if cache else None, positions, angles)
         new_cache.append(part)
-    _, hidden = add_norm(*carry, params["norm"][None], eps=config.rms_norm_eps)
-    return hidden, tuple(new_cache)
+    return rms_norm(x, params["norm"], config.rms_norm_eps), tuple(new_cache)
 
 
-def _segment(config: Config, segment: Params, carry: Any, cache: Any, positions: jax.Array, angles: Any) -> Any:
+def _segment(config: Config, segment: Params, x: jax.Array, cache: Any, positions: jax.Array, angles: Any) -> Any:
     """A run of layers, under `lax.fori_loop` where it is more than one."""
     count = segment["attention_norm"].shape[0]
-    whole = {name: leaf for name, leaf in segment.items() if name.endswith("_norm")}
-    rest = {name: leaf for name, leaf in segment.items() if name not in whole}
-    sliced = jax.tree.map(lambda w: None if jaxq.is_quantized(w) else w, rest, is_leaf=jaxq.is_quantized)
+    sliced = jax.tree.map(lambda w: None if jaxq.is_quantized(w) else w, segment, is_leaf=jaxq.is_quantized)
 
     def with_stacks(layer: Params) -> Params:
-        layer = jax.tree.map(lambda w, own: w if own is None else own, rest, layer, is_leaf=jaxq.is_quantized)
-        return whole | layer
+        return jax.tree.map(lambda w, own: w if own is None else own, segment, layer, is_leaf=jaxq.is_quantized)
 
     if count == 1:
         layer = with_stacks(jax.tree.map(lambda leaf: leaf[0], sliced))
-        return _layer(config, layer, carry, cache, 0, positions, angles)
+        return _layer(config, layer, x, cache, 0, positions, angles)
 
     # The cache is carried, not scanned over: a carried buffer is updated in place, a scanned one is copied.
     def step(number: jax.Array, carry: Any) -> Any:
-        carry, cache = carry
+        x, cache = carry
         layer = with_stacks(jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, number, keepdims=False), sliced))
-        return _layer(config, layer, carry, cache, number, positions, angles)
+        return _layer(config, layer, x, cache, number, positions, angles)
 
-    return lax.fori_loop(0, count, step, (carry, cache))
+    return lax.fori_loop(0, count, step, (x, cache))
 
 
-def _layer(config: Config, layer: Params, carry: Any, cache: Any, number: Any, positions: Any, angles: Any) -> Any:
+def _layer(config: Config, layer: Params, x: jax.Array, cache: Any, number: Any, positions: Any, angles: Any) -> Any:
     eps = config.rms_norm_eps
-    x, y = add_norm(*carry, layer["attention_norm"], layer=number, eps=eps)
+    y = rms_norm(x, layer["attention_norm"], eps)
     y, cache = _attention(config, layer, y, cache, number, positions, angles)
-    x, y = add_norm(x, y, layer["mlp_norm"], layer=number, eps=eps)
-    y = project(y, layer["gate_up"], layer.get("gate_up_bias"), number)
-    return (x, project(gated(y), (layer["down"],), layer.get("down_bias"), number)), cache
+    x = x + y
+    y = project(rms_norm(x, layer["mlp_norm"], eps), layer["gate_up"], layer.get("gate_up_bias"), number)
+    return x + project(gated(y), (layer["down"],), layer.get("down_bias"), number), cache
 
 
 def _attention(
@@ -142,15 +135,12 @@ def _attention(
 ) -> Any:
     batch, length, _ = x.shape
     qkv = project(x, layer["qkv"], layer.get("qkv_bias"), number)
-    norms = (layer["q_norm"], layer["k_norm"]) if config.has_qk_norm else ()
-    q, k, v = split_heads(
-        qkv.reshape(batch, length, -1, config.head_dim),
-        *angles,
-        *norms,
-        heads=config.num_heads,
-        layer=number,
-        eps=config.rms_norm_eps,
-    )
+    heads = qkv.reshape(batch, length, -1, config.head_dim)
+    qk, v = jnp.split(heads, (config.num_heads + config.num_kv_heads,), axis=2)
+    if config.has_qk_norm:
+        is_query = jnp.arange(qk.shape[2])[:, None] < config.num_heads
+        qk = rms_norm(qk, jnp.where(is_query, layer["q_norm"], layer["k_norm"]), config.rms_norm_eps)
+    q, k = jnp.split(rope.rotate(qk, *angles), (config.num_heads,), axis=2)
     if cache is None:
         y = attend_in_blocks(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), positions)
     else:
@@ -182,3 +172,34 @@ def project(x: jax.Array, weights: tuple[Any, ...], bias: jax.Array | None, numb
     products = [jaxq.quantized_matmul(x, w, index=number) if jaxq.is_quantized(w) else x @ w.mT for w in weights]
     y = products[0] if len(products) == 1 else jnp.concatenate(products, axis=-1)
     return y if bias is None else y + bias.astype(y.dtype)
+
+
+def gated(y: jax.Array) -> jax.Array:
+    """silu(gate) * up, of float[..., 2F] with the gates first -> [..., F].
+
+    In float32, rounded once: rounding every step, as operations on bfloat16 do, takes XLA on CPUs 2.5 times as long.
+    """
+    gate, up = jnp.split(y.astype(jnp.float32), 2, axis=-1)
+    return (jax.nn.silu(gate) * up).astype(y.dtype)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * weight over the last axis, in float32, in x's dtype.
+
+    The barrier has x widened where it is read. Without it XLA on CPUs hands the whole to its library of reductions,
+    which wants it widened in memory, and gives the result so.
+    """
+    wide = x.astype(jnp.float32)
+    scale = lax.optimization_barrier(lax.rsqrt(_mean(wide * wide)[..., None] + jnp.float32(eps)))
+    return (wide * scale * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def _mean(x: jax.Array) -> jax.Array:
+    """Over the last axis: halves are added while that leaves 32 values, the rest is summed.
+
+    XLA on CPUs makes one loop of it, with vectors along the axis; of a plain sum three, whose calls take longer.
+    """
+    size = x.shape[-1]
+    while x.shape[-1] % 64 == 0:
+        x = sum(jnp.split(x, 2, axis=-1))
+    return jnp.sum(x, axis=-1) / jnp.float32(size)

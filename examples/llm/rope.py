@@ -74,3 +74,15 @@ def tables(config: Config, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     angle, magnitude = frequencies(config)
     angles = positions.astype(jnp.float32)[:, None] * angle
     return jnp.cos(angles) * jnp.float32(magnitude), jnp.sin(angles) * jnp.float32(magnitude)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """x: float[B, S, heads, head_dim]: coordinate i turns with i + head_dim / 2, as in Hugging Face's checkpoints.
+
+    Computed in float32, returned in x's dtype. As one expression over [..., 2, head_dim / 2], which XLA makes one loop
+    of; two halves side by side would be four.
+    """
+    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
+    turned = jnp.flip(halves, -2) * jnp.array([[-1], [1]], jnp.float32)
+    cos, sin = cos[:, None, None, :], sin[:, None, None, :]
+    return (halves * cos + turned * sin).reshape(x.shape).astype(x.dtype)

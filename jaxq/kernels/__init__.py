@@ -12,9 +12,6 @@ CPU_HANDLERS = (
     "jaxq_dequantize_cpu",
     "jaxq_quantize_cpu",
     "jaxq_cached_attention_cpu",
-    "jaxq_add_norm_cpu",
-    "jaxq_gated_cpu",
-    "jaxq_split_heads_cpu",
     "jaxq_empty_cpu",
 )
 

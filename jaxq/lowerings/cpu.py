@@ -106,38 +106,6 @@ def cached_attention(*operands: jax.Array, scale: float, implementation: str | N
     return call(*operands, scale=np.float32(scale), isa=_isa(implementation))
 
 
-def add_norm(*operands: jax.Array, eps: float, implementation: str | None = None) -> Any:
-    """x and y, float[..., D], weights float32[L, D], int32[] -> x + y and its norm; see `jaxq.decoder.add_norm`."""
-    operands = _compat.align_varying(*operands)
-    results = [jax.typeof(operands[0])] * 2
-    call = jax.ffi.ffi_call("jaxq_add_norm_cpu", results, vmap_method="sequential")
-    return tuple(call(*operands, eps=np.float32(eps), isa=_isa(implementation)))
-
-
-def gated(x: jax.Array, *, implementation: str | None = None) -> jax.Array:
-    """float[..., 2F] -> [..., F]; see `jaxq.decoder.gated`."""
-    result = _like(x, (*x.shape[:-1], x.shape[-1] // 2))
-    return jax.ffi.ffi_call("jaxq_gated_cpu", result, vmap_method="sequential")(x, isa=_isa(implementation))
-
-
-def split_heads(*operands: jax.Array, heads: int, eps: float, implementation: str | None = None) -> Any:
-    """x[B, S, H + 2*KV, hd], tables float32[S, hd/2], weights float32[L, hd] and int32[] or none -> q, k, v.
-
-    See `jaxq.decoder.split_heads`.
-    """
-    operands = _compat.align_varying(*operands)
-    batch, tokens, every, dim = operands[0].shape
-    counts = (heads, (every - heads) // 2, (every - heads) // 2)
-    results = [_like(operands[0], (batch, tokens, count, dim)) for count in counts]
-    call = jax.ffi.ffi_call("jaxq_split_heads_cpu", results, vmap_method="sequential")
-    return tuple(call(*operands, eps=np.float32(eps), isa=_isa(implementation)))
-
-
-def _like(x: jax.Array, shape: tuple[int, ...]) -> Any:
-    """The type of a result in x's dtype that varies over the manual mesh axes that x varies over."""
-    return jax.typeof(x).update(shape=shape)
-
-
 def _isa(implementation: str | None) -> str:
     return (implementation or "").partition(":")[2]
 

@@ -61,9 +61,9 @@ void UndealPairs(float* row, int64_t dim) {
 
 bool DealsPairs(const AttentionArgs& args) { return args.cache_dtype == DType::kBF16 && args.dim % (2 * kLanes) == 0; }
 
-// 2**x for x <= 0, or 2**-125 below that: 2**n * 2**f with n whole and |f| <= 1/2, the latter by its Taylor series, whose
-// first omitted term is (ln(2)/2)**8 / 8! = 5e-9. Plain operations, which the compiler vectorizes.
-JAXQ_INLINE float Exp2Bounded(float x) {
+// 2**x for x <= 0: 2**n * 2**f with n whole and |f| <= 1/2, the latter by its Taylor series, whose first omitted term
+// is (ln(2)/2)**8 / 8! = 5e-9. Zero below 2**-125; a NaN stays one. Plain operations, which the compiler vectorizes.
+JAXQ_INLINE float Exp2(float x) {
   const float bounded = x > -125.0f ? x : -125.0f;
   const float shifted = bounded + 0x1.8p23f, f = bounded - (shifted - 0x1.8p23f);  // n is in shifted's last bits
   float y = 1.52527338e-5f;
@@ -74,12 +74,7 @@ JAXQ_INLINE float Exp2Bounded(float x) {
   y = y * f + 2.40226507e-1f;
   y = y * f + 6.93147181e-1f;
   y = y * f + 1.0f;
-  return FloatOfBits(BitsOfFloat(y) + (BitsOfFloat(shifted) << 23));
-}
-
-// 2**x for x <= 0; zero below 2**-125; a NaN stays one.
-JAXQ_INLINE float Exp2(float x) {
-  const float power = Exp2Bounded(x);
+  const float power = FloatOfBits(BitsOfFloat(y) + (BitsOfFloat(shifted) << 23));
   return x > -125.0f ? power : x == x ? 0.0f : x;
 }
 

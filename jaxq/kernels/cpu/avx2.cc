@@ -182,13 +182,11 @@ JAXQ_INLINE void Transpose(F r[8]) {
 
 #include "attention-inl.h"
 #include "convert-inl.h"
-#include "decoder-inl.h"
 #include "madd_dot-inl.h"
 #include "matmul-inl.h"
 
 namespace jaxq::cpu {
 
-const Isa kAvx2 = {"avx2", MissingAvx2, avx2::Quantize, avx2::Dequantize,
-                   avx2::MatmulMadd, avx2::Attention, avx2::AddNorm, avx2::Gated, avx2::SplitHeads};
+const Isa kAvx2 = {"avx2", MissingAvx2, avx2::Quantize, avx2::Dequantize, avx2::MatmulMadd, avx2::Attention};
 
 }  // namespace jaxq::cpu

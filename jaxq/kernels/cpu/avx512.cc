@@ -36,13 +36,12 @@ JAXQ_INLINE F Deal(F v, I lanes) { return _mm512_permutexvar_ps(lanes, v); }
 
 #include "attention-inl.h"
 #include "convert-inl.h"
-#include "decoder-inl.h"
 #include "madd_dot-inl.h"
 #include "matmul-inl.h"
 
 namespace jaxq::cpu {
 
-const Isa kAvx512 = {"avx512", MissingAvx512, avx512::Quantize, avx512::Dequantize,
-                     avx512::MatmulMadd, avx512::Attention, avx512::AddNorm, avx512::Gated, avx512::SplitHeads};
+const Isa kAvx512 = {"avx512", MissingAvx512, avx512::Quantize, avx512::Dequantize, avx512::MatmulMadd,
+                      avx512::Attention};
 
 }  // namespace jaxq::cpu

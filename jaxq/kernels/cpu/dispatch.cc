@@ -98,15 +98,6 @@ Outcome Matmul(int first, const MatmulArgs& args, const Parallel& parallel) {
 Outcome Attention(int first, const AttentionArgs& args, const Parallel& parallel) {
   return RunFirst(first, &Isa::attention, args, parallel);
 }
-Outcome AddNorm(int first, const AddNormArgs& args, const Parallel& parallel) {
-  return RunFirst(first, &Isa::add_norm, args, parallel);
-}
-Outcome Gated(int first, const GatedArgs& args, const Parallel& parallel) {
-  return RunFirst(first, &Isa::gated, args, parallel);
-}
-Outcome SplitHeads(int first, const SplitHeadsArgs& args, const Parallel& parallel) {
-  return RunFirst(first, &Isa::split_heads, args, parallel);
-}
 
 }  // namespace jaxq::cpu
 

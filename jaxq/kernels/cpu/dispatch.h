@@ -17,9 +17,6 @@ Outcome Quantize(int first, const QuantizeArgs& args, const Parallel& parallel);
 Outcome Dequantize(int first, const DequantizeArgs& args, const Parallel& parallel);
 Outcome Matmul(int first, const MatmulArgs& args, const Parallel& parallel);
 Outcome Attention(int first, const AttentionArgs& args, const Parallel& parallel);
-Outcome AddNorm(int first, const AddNormArgs& args, const Parallel& parallel);
-Outcome Gated(int first, const GatedArgs& args, const Parallel& parallel);
-Outcome SplitHeads(int first, const SplitHeadsArgs& args, const Parallel& parallel);
 
 }  // namespace jaxq::cpu
 

@@ -125,46 +125,6 @@ struct AttentionArgs {
   JAXQ_INLINE int64_t repeat() const { return heads / kv_heads; }
 };
 
-// What a decoder computes between its products with weights, in float32, rounded once where not said otherwise.
-// Everything is dense and in C order, and all sizes are at least 1.
-
-// sum[rows, width] = x + y, rounded; out = sum / sqrt(mean of its squares along a row + eps) * weight.
-struct AddNormArgs {
-  int64_t rows, width;
-  float eps;
-  DType dtype;
-  const void* x;
-  const void* y;
-  const float* weight;  // [width]
-  void* sum;
-  void* out;
-};
-
-// out[rows, width] = g / (1 + exp(-g)) * u, where a row of x[rows, 2*width] has g and then u.
-struct GatedArgs {
-  int64_t rows, width;
-  DType dtype;
-  const void* x;
-  void* out;
-};
-
-// A token's heads, x[batch, tokens, heads + 2*kv_heads, dim], to q[batch, tokens, heads, dim] and k and v, likewise with
-// kv_heads. Those of q and k are brought to a root mean square of 1 and multiplied by a weight, where there is one, and
-// coordinates i and i + dim/2 turned by the token's angle i.
-struct SplitHeadsArgs {
-  int64_t batch, tokens, heads, kv_heads, dim;  // dim is even
-  float eps;
-  DType dtype;
-  const void* x;
-  const float* cos;       // [tokens, dim/2]
-  const float* sin;
-  const float* q_weight;  // [dim]; null for none, both
-  const float* k_weight;
-  void* q;
-  void* k;
-  void* v;
-};
-
 // One instruction set. `missing` returns null where this CPU (and its operating system) can run it, else what it
 // lacks, for people to read. A null kernel declines everything.
 struct Isa {
@@ -174,9 +134,6 @@ struct Isa {
   Outcome (*dequantize)(const DequantizeArgs&, const Parallel&);
   Outcome (*matmul)(const MatmulArgs&, const Parallel&);
   Outcome (*attention)(const AttentionArgs&, const Parallel&);
-  Outcome (*add_norm)(const AddNormArgs&, const Parallel&) = nullptr;
-  Outcome (*gated)(const GatedArgs&, const Parallel&) = nullptr;
-  Outcome (*split_heads)(const SplitHeadsArgs&, const Parallel&) = nullptr;
 };
 
 }  // namespace jaxq::cpu

@@ -19,12 +19,10 @@ namespace {
 
 #include "attention-inl.h"
 #include "convert-inl.h"
-#include "decoder-inl.h"
 #include "matmul-inl.h"
 
 namespace jaxq::cpu {
 
-const Isa kNeon = {"neon", MissingNeon, neon::Quantize, neon::Dequantize,
-                   neon::Matmul, neon::Attention, neon::AddNorm, neon::Gated, neon::SplitHeads};
+const Isa kNeon = {"neon", MissingNeon, neon::Quantize, neon::Dequantize, neon::Matmul, neon::Attention};
 
 }  // namespace jaxq::cpu

@@ -155,74 +155,8 @@ Outcome Attention(const AttentionArgs& args, const Parallel& parallel) {
   return Outcome::kDone;
 }
 
-void Normalize(float* v, const float* weight, int64_t count, float eps) {
-  float squares = 0;
-  for (int64_t i = 0; i < count; ++i) squares += v[i] * v[i];
-  const float scale = 1 / std::sqrt(squares / static_cast<float>(count) + eps);
-  for (int64_t i = 0; i < count; ++i) v[i] = v[i] * scale * weight[i];
-}
-
-// Calls body with a task's number and room for so many floats; false where there is no memory.
-template <typename Body>
-bool ForWithRoom(int64_t tasks, int64_t floats, const Parallel& parallel, Body&& body) {
-  float* const scratch =
-      static_cast<float*>(std::malloc(sizeof(float) * static_cast<size_t>(floats * parallel.slots())));
-  if (scratch == nullptr) return false;
-  parallel.For(tasks, [&](int64_t task, int slot) { body(task, scratch + slot * floats); });
-  std::free(scratch);
-  return true;
-}
-
-Outcome AddNorm(const AddNormArgs& args, const Parallel& parallel) {
-  const bool done = ForWithRoom(args.rows, args.width, parallel, [&](int64_t row, float* v) {
-    for (int64_t i = 0, at = row * args.width; i < args.width; ++i, ++at) {
-      v[i] = RoundTo(args.dtype, LoadAs(args.dtype, args.x, at) + LoadAs(args.dtype, args.y, at));
-      StoreAs(args.dtype, args.sum, at, v[i]);
-    }
-    Normalize(v, args.weight, args.width, args.eps);
-    for (int64_t i = 0; i < args.width; ++i) StoreAs(args.dtype, args.out, row * args.width + i, v[i]);
-  });
-  return done ? Outcome::kDone : Outcome::kNoMemory;
-}
-
-Outcome Gated(const GatedArgs& args, const Parallel& parallel) {
-  parallel.For(args.rows, [&](int64_t row, int) {
-    for (int64_t i = 0; i < args.width; ++i) {
-      const float g = LoadAs(args.dtype, args.x, row * 2 * args.width + i);
-      const float u = LoadAs(args.dtype, args.x, (row * 2 + 1) * args.width + i);
-      StoreAs(args.dtype, args.out, row * args.width + i, g / (1 + std::exp(-g)) * u);
-    }
-  });
-  return Outcome::kDone;
-}
-
-void SplitToken(const SplitHeadsArgs& args, int64_t token, float* v) {
-  const int64_t half = args.dim / 2, angles = token % args.tokens * half;
-  int64_t from = token * (args.heads + 2 * args.kv_heads) * args.dim;
-  for (int64_t h = 0; h < args.heads + 2 * args.kv_heads; ++h, from += args.dim) {
-    for (int64_t i = 0; i < args.dim; ++i) v[i] = LoadAs(args.dtype, args.x, from + i);
-    const int64_t kv = h - args.heads;
-    const float* weight = kv < 0 ? args.q_weight : args.k_weight;
-    if (kv < args.kv_heads) {
-      if (weight != nullptr) Normalize(v, weight, args.dim, args.eps);
-      for (int64_t i = 0; i < half; ++i) {
-        const float a = v[i], b = v[half + i], cos = args.cos[angles + i], sin = args.sin[angles + i];
-        v[i] = a * cos - b * sin, v[half + i] = b * cos + a * sin;
-      }
-    }
-    void* const out = kv < 0 ? args.q : kv < args.kv_heads ? args.k : args.v;
-    const int64_t to = (kv < 0 ? token * args.heads + h : token * args.kv_heads + kv % args.kv_heads) * args.dim;
-    for (int64_t i = 0; i < args.dim; ++i) StoreAs(args.dtype, out, to + i, v[i]);
-  }
-}
-
-Outcome SplitHeads(const SplitHeadsArgs& args, const Parallel& parallel) {
-  const auto split = [&](int64_t token, float* v) { SplitToken(args, token, v); };
-  return ForWithRoom(args.batch * args.tokens, args.dim, parallel, split) ? Outcome::kDone : Outcome::kNoMemory;
-}
-
 }  // namespace
 
-const Isa kScalar = {"scalar", Missing, Quantize, Dequantize, Matmul, Attention, AddNorm, Gated, SplitHeads};
+const Isa kScalar = {"scalar", Missing, Quantize, Dequantize, Matmul, Attention};
 
 }  // namespace jaxq::cpu
