@@ -113,7 +113,6 @@ JAXQ_INLINE void StoreDigits(F v, int8_t* const* digit, int64_t at) {
 }
 
 JAXQ_INLINE float Sum(F v) { return _mm512_reduce_add_ps(v); }
-JAXQ_INLINE float MinOf(F v) { return _mm512_reduce_min_ps(v); }
 JAXQ_INLINE float MaxOf(F v) { return _mm512_reduce_max_ps(v); }
 
 JAXQ_INLINE void TransposeWords(__m512i r[16]) {

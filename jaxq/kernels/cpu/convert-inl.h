@@ -54,27 +54,43 @@ Outcome Dequantize(const DequantizeArgs& args, const Parallel& parallel) {
   return Outcome::kDone;
 }
 
-// values[g] -> packed, scale and bias of one affine group. The arithmetic is AffineOfRange's and QuantizeAffineGroup's.
-void QuantizeGroup(const QuantizeArgs& args, int64_t group, const float* values, uint8_t* packed) {
+// Up to kLanes affine groups, values[count][g] -> packed, scales and biases from number `first` on. The arithmetic is
+// AffineOfRange's and QuantizeAffineGroup's.
+void QuantizeGroups(const QuantizeArgs& args, int64_t first, int64_t count, const float* values, uint8_t* packed) {
   const int64_t g = args.format.group_size;
   const float max_code = static_cast<float>((1 << args.format.bits) - 1);
-  F low = Load(values), high = low, poison = Zero();
-  for (int64_t i = 0; i < g; i += kLanes) {
-    const F v = Load(values + i);
-    low = Min(low, v), high = Max(high, v);
-    poison = Add(poison, Sub(v, v));  // 0, or NaN after a NaN or an infinity
+  F lows[kLanes], highs[kLanes], poisons[kLanes];
+  for (int64_t j = 0; j < kLanes; ++j) {
+    const float* group = values + Least(j, count - 1) * g;
+    F low = Load(group), high = low, poison = Sub(low, low);
+    for (int64_t i = kLanes; i < g; i += kLanes) {
+      const F v = Load(group + i);
+      low = Min(low, v), high = Max(high, v);
+      poison = Add(poison, Sub(v, v));  // 0, or NaN after a NaN or an infinity
+    }
+    lows[j] = low, highs[j] = high, poisons[j] = poison;
   }
+  // One transposition brings the groups side by side, which is less than as many reductions.
+  Transpose(lows), Transpose(highs), Transpose(poisons);
+  for (int64_t j = 1; j < kLanes; ++j) {
+    lows[0] = Min(lows[0], lows[j]), highs[0] = Max(highs[0], highs[j]);
+    poisons[0] = Add(poisons[0], poisons[j]);
+  }
+  float low[kLanes], high[kLanes], poison[kLanes];
+  Store(low, lows[0]), Store(high, highs[0]), Store(poison, poisons[0]);
   uint8_t codes[kMaxGroup + 64];
-  Affine affine = {FloatOfBits(0x7fc00000u), FloatOfBits(0x7fc00000u)};
-  if (Sum(poison) == 0.0f) affine = AffineOfRange(MinOf(low), MaxOf(high), max_code);
-  const F scale = Set1(affine.scale), bias = Set1(affine.bias), top = Set1(max_code);
-  for (int64_t i = 0; i < g; i += kLanes) {
-    const F code = Round(Div(Sub(Load(values + i), bias), scale));
-    ToU8(codes + i, Min(Max(code, Zero()), top));  // a NaN becomes 0: Max gives its second operand then
+  for (int64_t j = 0; j < count; ++j, values += g, packed += g / 8 * args.format.bits) {
+    Affine affine = {FloatOfBits(0x7fc00000u), FloatOfBits(0x7fc00000u)};
+    if (poison[j] == 0.0f) affine = AffineOfRange(low[j], high[j], max_code);
+    const F scale = Set1(affine.scale), bias = Set1(affine.bias), top = Set1(max_code);
+    for (int64_t i = 0; i < g; i += kLanes) {
+      const F code = Round(Div(Sub(Load(values + i), bias), scale));
+      ToU8(codes + i, Min(Max(code, Zero()), top));  // a NaN becomes 0: Max gives its second operand then
+    }
+    PackOctets(codes, g / 8, args.format.bits, packed);
+    StoreAs(args.w_dtype, args.scales, first + j, affine.scale);
+    StoreAs(args.w_dtype, args.biases, first + j, affine.bias);
   }
-  PackOctets(codes, g / 8, args.format.bits, packed);
-  StoreAs(args.w_dtype, args.scales, group, affine.scale);
-  StoreAs(args.w_dtype, args.biases, group, affine.bias);
 }
 
 Outcome Quantize(const QuantizeArgs& args, const Parallel& parallel) {
@@ -82,14 +98,20 @@ Outcome Quantize(const QuantizeArgs& args, const Parallel& parallel) {
   const int64_t group_bytes = g / 8 * args.format.bits;
   parallel.For(Ceil(total, per_task), [&](int64_t task, int) {
     const int64_t end = Least(total, (task + 1) * per_task);
-    float values[kMaxGroup];
-    for (int64_t group = task * per_task; group < end; ++group) {
-      ToFloats(args.w_dtype, args.w, group * g, g, values);
+    float converted[kLanes * kMaxGroup];
+    for (int64_t group = task * per_task; group < end; group += kLanes) {
+      const int64_t count = Least(kLanes, end - group);
+      const float* values = converted;
+      if (args.w_dtype == DType::kF32)
+        values = static_cast<const float*>(args.w) + group * g;
+      else
+        ToFloats(args.w_dtype, args.w, group * g, count * g, converted);
       uint8_t* packed = args.packed + group * group_bytes;
       if (args.format.affine())
-        QuantizeGroup(args, group, values, packed);
+        QuantizeGroups(args, group, count, values, packed);
       else
-        QuantizeFloatGroup(args, group, values, packed);
+        for (int64_t j = 0; j < count; ++j)
+          QuantizeFloatGroup(args, group + j, values + j * g, packed + j * group_bytes);
     }
   });
   return Outcome::kDone;

@@ -86,7 +86,6 @@ JAXQ_INLINE void ToU8(uint8_t* p, F v) {
 }
 
 JAXQ_INLINE float Sum(F v) { return vaddvq_f32(v); }
-JAXQ_INLINE float MinOf(F v) { return vminnmvq_f32(v); }
 JAXQ_INLINE float MaxOf(F v) { return vmaxnmvq_f32(v); }
 
 JAXQ_INLINE void Transpose(F r[4]) {

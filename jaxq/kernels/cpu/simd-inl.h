@@ -13,7 +13,7 @@
 //                                 floats; E2M1 as twice the values
 //   ToU8(p, v)                    kLanes floats, whole numbers in [0, 255], as bytes
 //   Add Sub Mul Div Min Max Abs Round (to nearest even)   Fma(a, b, c) = a*b + c, rounded once
-//   Sum(v) MinOf(v) MaxOf(v)      over the lanes
+//   Sum(v) MaxOf(v)               over the lanes
 //   Transpose(F rows[kLanes])
 //   UnpackOctets(src, octets, bits, readable, dst)   8*octets codes to bytes; `readable` bytes may be read from src
 //   PackOctets(codes, octets, bits, dst)             the inverse; writes octets*bits bytes and no more
