@@ -19,12 +19,12 @@ namespace jaxq::cpu {
 namespace JAXQ_ISA {
 namespace {
 
-constexpr int64_t kBlockTerms = 128;       // of K in a block, at most, but two groups at least
+constexpr int64_t kBlockTerms = 128;      // of K in a block, at most, but two groups at least
 constexpr int64_t kMaxBlockSteps = 8;
-constexpr int64_t kMaxStrip = 8;           // blocks of 16 rows of w whose tiles are in the first-level cache
-constexpr int64_t kTaskBlocks = 16;        // of 16 rows of w in a task, at most
-constexpr int64_t kSlabBytes = 1 << 20;    // of packed x, which is to stay in the second-level cache
-constexpr int64_t kPassBytes = 8 << 20;    // of packed x at a time
+constexpr int64_t kMaxStrip = 8;          // blocks of 16 rows of w whose tiles are in the first-level cache
+constexpr int64_t kTaskBlocks = 16;       // of 16 rows of w in a task, at most
+constexpr int64_t kSlabBytes = 1 << 20;   // of packed x, which is to stay in the second-level cache
+constexpr int64_t kPassBytes = 8 << 20;   // of packed x at a time
 
 struct TileScratch {
   alignas(64) float products[2][kMaxBlockSteps][kFloats];  // [turn][group]
@@ -68,7 +68,7 @@ class StripProduct {
   // [group][16] each.
   struct Waiting {
     const float *products, *scales, *biases, *x_sums;
-    float* sums;     // null: nothing waits
+    float* sums;      // null: nothing waits
     __mmask16 begun;  // no bits: sums begin with these
     bool ends;
     int64_t groups, m, block;
