@@ -8,13 +8,11 @@ one weight.
 """
 
 import argparse
-import itertools
 import json
 import os
 import time
 
 SHAPE = (4096, 4096)
-COLD_BYTES = 512 << 20
 
 
 def main() -> None:
@@ -31,24 +29,20 @@ def main() -> None:
 
 def measure(m: int, dtype: str, seconds: float, implementation: str | None) -> float:
     """The median seconds of x[m, K] by an int4 weight[N, K] in groups of 64."""
-    import jax
+    # Here, since these count the CPUs when they are imported.
     import jax.numpy as jnp
     import numpy as np
-
-    import jaxq
+    from cpu import from_memory, ours, random_weight
 
     rng = np.random.default_rng(0)
-    qw = jaxq.quantize(jnp.asarray(rng.standard_normal(SHAPE), dtype), bits=4, group_size=64)
+    qw = random_weight(rng, *SHAPE, dtype, bits=4, group_size=64)
     x = jnp.asarray(rng.standard_normal((m, SHAPE[1])), dtype)
-    copies = 1 + COLD_BYTES // qw.nbytes if m == 1 else 1
-    weights = [qw] + [jax.tree.map(jnp.copy, qw) for _ in range(copies - 1)]
-    product = jax.jit(lambda x, qw: jaxq.quantized_matmul(x, qw, implementation=implementation))
-    product = product.lower(x, qw).compile()
+    product = (from_memory if m == 1 else ours)(x, qw, implementation)
     times: list[float] = []
-    end, turns = time.perf_counter() + seconds, itertools.cycle(weights)
+    end = time.perf_counter() + seconds
     while len(times) < 4 or time.perf_counter() < end:
         before = time.perf_counter()
-        product(x, next(turns)).block_until_ready()
+        product()
         times.append(time.perf_counter() - before)
     return float(np.median(times[1:]))
 

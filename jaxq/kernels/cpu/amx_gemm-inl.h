@@ -49,17 +49,15 @@ class StripProduct {
         steps_(x.steps / x.groups),
         block_groups_(Most(2, kBlockTerms / weight.format.group_size)),
         slab_groups_(SlabGroups()),
+        strip_blocks_(x.blocks() == 1 ? 2 : x.parts == 3 ? kMaxStrip : 4),
         stride_(block_groups_ * steps_ * kHalves + 32),
         late_(scratch->nowhere) {}
-
-  // Blocks of w in a strip: more of them load x's tiles less often, which pays where these are many.
-  static int64_t StripBlocks(const PackedX& x) { return x.blocks() == 1 ? 2 : x.parts == 3 ? 8 : 4; }
 
   // Rows n .. n + 16*blocks of w, by all of x.
   void Run(int64_t n, int64_t blocks) {
     n_ = n, blocks_ = blocks;
     for (int64_t slab = 0; slab < x_.groups; slab += slab_groups_)
-      for (strip_ = 0; strip_ < blocks; strip_ += StripBlocks(x_)) Strip(slab, Least(x_.groups, slab + slab_groups_));
+      for (strip_ = 0; strip_ < blocks; strip_ += strip_blocks_) Strip(slab, Least(x_.groups, slab + slab_groups_));
     Settle();
   }
 
@@ -83,7 +81,7 @@ class StripProduct {
 
   // Groups first .. last of a few blocks of w.
   void Strip(int64_t first, int64_t last) {
-    const int64_t end = Least(blocks_, strip_ + StripBlocks(x_));
+    const int64_t end = Least(blocks_, strip_ + strip_blocks_);
     for (first_ = first; first_ < last; first_ += groups_) {
       groups_ = Least(block_groups_, last - first_);
       if ((first_ - first) % kScaleGroups == 0) FillStrip(end, Least(kScaleGroups, last - first_));
@@ -223,6 +221,7 @@ class StripProduct {
   TileScratch* const s_;
   float* const sums_;
   const int64_t steps_, block_groups_, slab_groups_;
+  const int64_t strip_blocks_;  // of w: more of them load x's tiles less often, which pays where these are many
   const int64_t stride_;  // from one block of w's tiles to the next, and a line: at a distance of whole pages, stores
                           // look to the CPU like ones to what is about to be loaded
   int64_t n_ = 0, blocks_ = 0, strip_ = 0, first_ = 0, groups_ = 0, at_ = 0;

@@ -1,8 +1,8 @@
 // Tile registers for amx.cc. Included inside its namespace.
 //
-// Tiles are numbers known at compile time, of up to 16 rows, 64 bytes apart in memory. The instructions are written out: gcc's
-// intrinsics take only literal numbers, and gcc 12 drops stores to a configuration that only they read. Every one that
-// touches memory says so, so that the compiler moves no store of ours across it.
+// Tiles are numbers known at compile time; their rows are 64 bytes apart in memory. The instructions are written out:
+// gcc's intrinsics take only literal numbers, and gcc 12 drops stores to a configuration that only they read. Every one
+// that touches memory says so, so that the compiler moves no store of ours across it.
 
 #ifndef JAXQ_EMULATE_AMX
 
@@ -40,7 +40,7 @@ class TileScope {
     alignas(64) uint8_t config[64] = {1};  // the palette
     for (int i = 0; i < 8; ++i) {
       config[16 + 2 * i] = static_cast<uint8_t>(i == 4 || i == 5 ? 2 * depth : 64);  // bytes a row, 16 bits each
-      config[48 + i] = static_cast<uint8_t>(i < 6 ? 16 : depth / 2);                  // rows
+      config[48 + i] = static_cast<uint8_t>(i < 6 ? 16 : depth / 2);                 // rows
     }
     ConfigureTiles(config);
   }
