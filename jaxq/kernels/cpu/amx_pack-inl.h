@@ -18,10 +18,11 @@ namespace jaxq::cpu {
 namespace JAXQ_ISA {
 namespace {
 
-constexpr int64_t kStep = 32;     // codes, fewer where a group has fewer
-constexpr int64_t kSide = 16;     // rows of a tile, and columns of a result
-constexpr int64_t kHalves = 512;  // bfloat16 in a tile
-constexpr int64_t kFloats = 256;  // floats in a tile
+constexpr int64_t kStep = 32;         // codes, fewer where a group has fewer
+constexpr int64_t kSide = 16;         // rows of a tile, and columns of a result
+constexpr int64_t kHalves = 512;      // bfloat16 in a tile
+constexpr int64_t kFloats = 256;      // floats in a tile
+constexpr int64_t kAheadBytes = 128;  // of a row of w, that are fetched ahead
 
 JAXQ_INLINE int64_t PartsOf(DType dtype) { return dtype == DType::kF32 ? 3 : dtype == DType::kF16 ? 2 : 1; }
 JAXQ_INLINE int64_t DepthOf(const Format& format) { return Least(kStep, format.group_size); }
@@ -59,18 +60,17 @@ class StepUnpacker {
   // Which code of a step stands at place i.
   int Order(int i) const { return nibbles_ ? i % 8 * 4 + i / 8 : i; }
 
-  // `steps` steps from `src` on into as many tiles. 16 rows, of which `rows` exist; the others repeat the last.
+  // `steps` steps from `src` on into as many tiles. 16 rows, of which `rows` exist; the others repeat the last. Fetches
+  // what follows in each row: a few bytes of every row at a time are nothing that the CPU foresees.
   void Tiles(const uint8_t* src, int64_t row_bytes, int64_t rows, int64_t steps, uint16_t* out) const {
     const StepUnpacker u = *this;  // in registers: stores to `out` might be to *this, as far as the compiler knows
     const auto all = [&](auto&& step) __attribute__((always_inline)) {
-      for (int64_t i = 0; i < steps; ++i, src += u.bytes_, out += kHalves) {
-        if (rows == kSide) {
-          JAXQ_UNROLL
-          for (int64_t r = 0; r < kSide; ++r) _mm512_store_si512(out + 32 * r, step(src + r * row_bytes));
-        } else {
-          for (int64_t r = 0; r < kSide; ++r)
-            _mm512_store_si512(out + 32 * r, step(src + Least(r, rows - 1) * row_bytes));
-        }
+      for (int64_t r = 0; r < kSide; ++r, out += 32) {
+        const uint8_t* from = src;
+        uint16_t* to = out;
+        for (int64_t i = 0; i < steps; ++i, from += u.bytes_, to += kHalves) _mm512_store_si512(to, step(from));
+        _mm_prefetch(reinterpret_cast<const char*>(src + kAheadBytes), _MM_HINT_T0);
+        if (r + 1 < rows) src += row_bytes;
       }
     };
     if (u.format_.mode == Mode::kMxfp8) return all([&](auto* p) { return u.E4m3(p); });
