@@ -69,7 +69,7 @@ def blocks(
     *,
     weights: int,
     spec: QuantSpec,
-    portable: bool = False,
+    skip: int = 0,
 ) -> bool:
     """Repack blocks of a GGUF type.
 
@@ -80,14 +80,14 @@ def blocks(
         [n * groups of a block], float32, float16 or bfloat16, or uint8 scales in a float mode.
       weights: in a block.
       spec: the format of `leaves`.
-      portable: use no instruction beyond the platform's baseline; for tests.
+      skip: of the instruction sets that this CPU has, how many of the best are not used; for tests.
 
     Returns:
       Whether every finite scale and bias is finite in float16, where that is their dtype.
     """
     _check(blocks, (len(blocks), blocks.shape[-1]), np.uint8)
     form, out = _block_arguments(type, blocks.shape[-1], len(blocks), leaves, weights, spec)
-    return _fits(_call("blocks", portable, *form, blocks.ctypes.data, len(blocks), *out), form)
+    return _fits(_call("blocks", skip, *form, blocks.ctypes.data, len(blocks), *out), form)
 
 
 def file_blocks(
@@ -100,7 +100,7 @@ def file_blocks(
     weights: int,
     spec: QuantSpec,
     batch: int,
-    portable: bool = False,
+    skip: int = 0,
 ) -> tuple[int, bool]:
     """`blocks` of a file, as many as fill `leaves`, in one call that holds no lock of Python's.
 
@@ -119,7 +119,7 @@ def file_blocks(
     n = leaves[0].size // spec.words(weights)
     form, out = _block_arguments(type, nbytes, n, leaves, weights, spec)
     outcome = _INT()
-    done = _call("file_blocks", portable, *form, file, offset, n, _batch(batch), *out, ctypes.byref(outcome))
+    done = _call("file_blocks", skip, *form, file, offset, n, _batch(batch), *out, ctypes.byref(outcome))
     return _done(done), _fits(outcome.value, form)
 
 
@@ -142,25 +142,25 @@ def _fits(outcome: int, form: Sequence[object]) -> bool:
     return outcome == 0
 
 
-def transpose(words: np.ndarray, out: np.ndarray, *, portable: bool = False) -> None:
+def transpose(words: np.ndarray, out: np.ndarray, *, skip: int = 0) -> None:
     """`out[...] = words.T` of 32-bit items: words [R, C], out [C, R], a slice of columns of a larger array or not."""
     _check(words, words.shape, words.dtype)
     if words.itemsize != 4:
         raise ValueError(f"transpose: items of {words.dtype}; 4 bytes are due")
-    _call("transpose", portable, words.ctypes.data, *words.shape, *_target(out, words.shape[::-1]))
+    _call("transpose", skip, words.ctypes.data, *words.shape, *_target(out, words.shape[::-1]))
 
 
-def awq(words: np.ndarray, out: np.ndarray, *, portable: bool = False) -> None:
+def awq(words: np.ndarray, out: np.ndarray, *, skip: int = 0) -> None:
     """AWQ's words int32[K, C] of eight outputs each, to ours, uint32[8 * C, K / 8] of eight inputs each."""
     inputs, columns = words.shape
     _check(words, words.shape, np.int32)
     if inputs % 8:
         raise ValueError(f"awq: {inputs} inputs are no multiple of 8")
-    _call("awq", portable, words.ctypes.data, inputs // 8, columns, *_target(out, (8 * columns, inputs // 8)))
+    _call("awq", skip, words.ctypes.data, inputs // 8, columns, *_target(out, (8 * columns, inputs // 8)))
 
 
 def file_words(
-    order: Order, file: int, offset: int, shape: tuple[int, int], out: np.ndarray, *, batch: int, portable: bool = False
+    order: Order, file: int, offset: int, shape: tuple[int, int], out: np.ndarray, *, batch: int, skip: int = 0
 ) -> int:
     """`transpose` ("gptq") or `awq` of int32[shape] in a file, in one call that holds no lock of Python's.
 
@@ -181,7 +181,7 @@ def file_words(
         raise ValueError(f"file_words: {rows} rows, {batch} at a time, are no multiple of 8")
     due = (8 * columns, rows // 8) if order == "awq" else (columns, rows)
     target = _target(out, due)
-    return _done(_call("file_words", portable, int(order == "awq"), file, offset, *shape, _batch(batch), *target))
+    return _done(_call("file_words", skip, int(order == "awq"), file, offset, *shape, _batch(batch), *target))
 
 
 def groups(
@@ -193,7 +193,7 @@ def groups(
     order: Order,
     less: int,
     repeats: int,
-    portable: bool = False,
+    skip: int = 0,
 ) -> Literal["exact", "rounded", "beyond"]:
     """Scales and zero points of GPTQ and AWQ to scales and biases, `-scales * zeros`.
 
@@ -205,7 +205,7 @@ def groups(
       order: of those in a word; "awq" has 4 bits.
       less: what is stored is so much less than the zero point, modulo 2**bits.
       repeats: how many groups of ours one of theirs makes; the last one may make fewer.
-      portable: use no instruction beyond the platform's baseline; for tests.
+      skip: of the instruction sets that this CPU has, how many of the best are not used; for tests.
 
     Returns:
       Whether finite scales and biases are, in the dtype of `out`, the same; or rounded; or some infinite.
@@ -223,12 +223,12 @@ def groups(
         raise ValueError(f"groups: scales {what}, {repeats=}, make no {out[0].dtype}{list(out[0].shape)}")
     sizes = bits, int(order == "awq"), less, count, outputs, repeats
     addresses = scales.ctypes.data, dtypes[0], zeros.ctypes.data
-    lost = _call("groups", portable, *addresses, *sizes, out[0].ctypes.data, out[1].ctypes.data, row, dtypes[1])
+    lost = _call("groups", skip, *addresses, *sizes, out[0].ctypes.data, out[1].ctypes.data, row, dtypes[1])
     return "beyond" if lost & 1 else "rounded" if lost & 2 else "exact"
 
 
-def _call(name: str, portable: bool, *arguments: object) -> int:
-    return getattr(_library_or_reason(), f"jaxq_repack_{name}")(int(portable), *arguments)
+def _call(name: str, skip: int, *arguments: object) -> int:
+    return getattr(_library_or_reason(), f"jaxq_repack_{name}")(skip, *arguments)
 
 
 def _batch(batch: int) -> int:

@@ -14,20 +14,23 @@ namespace {
 using jaxq::cpu::BlockType;
 using jaxq::cpu::DType;
 
-const jaxq::cpu::Repack& Best() {
+// The best table that this CPU can run, plain code in the end; for the tests, the one after so many better ones.
+const jaxq::cpu::Repack& Get(int skip) {
+#ifdef JAXQ_REPACK_AVX512
+  static const bool avx512 = jaxq::cpu::MissingAvx512Vnni() == nullptr;
+  if (avx512 && skip-- == 0) return jaxq::cpu::kRepackAvx512;
+#endif
 #ifdef JAXQ_REPACK_AVX2
   static const bool avx2 = jaxq::cpu::MissingAvx2() == nullptr;
-  if (avx2) return jaxq::cpu::kRepackAvx2;
+  if (avx2 && skip-- == 0) return jaxq::cpu::kRepackAvx2;
 #endif
+  static_cast<void>(skip);
   return jaxq::cpu::kRepackScalar;
 }
 
-// `portable`: as a CPU would run it that has nothing beyond the baseline; for the tests.
-const jaxq::cpu::Repack& Get(int portable) { return portable ? jaxq::cpu::kRepackScalar : Best(); }
-
 // Null where there is no such type, of these sizes.
-const BlockType* Find(int portable, const char* type, int bytes, int weights, int bits, int group_size) {
-  const jaxq::cpu::Repack& table = Get(portable);
+const BlockType* Find(int skip, const char* type, int bytes, int weights, int bits, int group_size) {
+  const jaxq::cpu::Repack& table = Get(skip);
   for (int i = 0; i < table.type_count; ++i) {
     const BlockType& row = table.types[i];
     if (std::strcmp(row.name, type) == 0)
@@ -79,11 +82,11 @@ int64_t ForRows(int file, int64_t offset, int64_t row_bytes, int64_t rows, int64
 // For ctypes; jaxq/kernels/repack.py checks every size.
 extern "C" {
 // 0: done; 1: a finite scale or bias became infinite; -1: no such type, of these sizes. dtype: kernels.h's DType.
-__attribute__((visibility("default"))) int jaxq_repack_blocks(int portable, const char* type, int bytes, int weights,
+__attribute__((visibility("default"))) int jaxq_repack_blocks(int skip, const char* type, int bytes, int weights,
                                                               int bits, int group_size, const void* blocks,
                                                               int64_t count, void* packed, void* scales, void* biases,
                                                               int dtype) {
-  const BlockType* found = Find(portable, type, bytes, weights, bits, group_size);
+  const BlockType* found = Find(skip, type, bytes, weights, bits, group_size);
   if (found == nullptr) return -1;
   const bool fit = found->repack(static_cast<const uint8_t*>(blocks), count, static_cast<uint8_t*>(packed), scales,
                                  biases, static_cast<DType>(dtype));
@@ -93,9 +96,9 @@ __attribute__((visibility("default"))) int jaxq_repack_blocks(int portable, cons
 // The same of blocks in a file, `batch` at a time. Returns how many blocks were repacked, fewer where the file ends;
 // -errno where it can't be read. outcome: what jaxq_repack_blocks returns.
 __attribute__((visibility("default"))) int64_t jaxq_repack_file_blocks(
-    int portable, const char* type, int bytes, int weights, int bits, int group_size, int file, int64_t offset,
+    int skip, const char* type, int bytes, int weights, int bits, int group_size, int file, int64_t offset,
     int64_t count, int64_t batch, void* packed, void* scales, void* biases, int dtype, int* outcome) {
-  const BlockType* found = Find(portable, type, bytes, weights, bits, group_size);
+  const BlockType* found = Find(skip, type, bytes, weights, bits, group_size);
   *outcome = found == nullptr ? -1 : 0;
   if (found == nullptr) return 0;
   const auto as = static_cast<DType>(dtype);
@@ -108,22 +111,22 @@ __attribute__((visibility("default"))) int64_t jaxq_repack_file_blocks(
   });
 }
 
-__attribute__((visibility("default"))) void jaxq_repack_transpose(int portable, const void* words, int64_t rows,
+__attribute__((visibility("default"))) void jaxq_repack_transpose(int skip, const void* words, int64_t rows,
                                                                   int64_t columns, void* out, int64_t stride) {
-  Get(portable).transpose(static_cast<const uint32_t*>(words), rows, columns, static_cast<uint32_t*>(out), stride);
+  Get(skip).transpose(static_cast<const uint32_t*>(words), rows, columns, static_cast<uint32_t*>(out), stride);
 }
 
-__attribute__((visibility("default"))) void jaxq_repack_awq(int portable, const void* words, int64_t rows,
+__attribute__((visibility("default"))) void jaxq_repack_awq(int skip, const void* words, int64_t rows,
                                                             int64_t columns, void* out, int64_t stride) {
-  Get(portable).awq(static_cast<const uint32_t*>(words), rows, columns, static_cast<uint32_t*>(out), stride);
+  Get(skip).awq(static_cast<const uint32_t*>(words), rows, columns, static_cast<uint32_t*>(out), stride);
 }
 
 // The same of words in a file, `batch` rows at a time, a multiple of 8 for AWQ, whose rows stand by eights. Returns how
 // many of its rows were done, fewer where the file ends; -errno where it can't be read.
-__attribute__((visibility("default"))) int64_t jaxq_repack_file_words(int portable, int awq, int file, int64_t offset,
+__attribute__((visibility("default"))) int64_t jaxq_repack_file_words(int skip, int awq, int file, int64_t offset,
                                                                       int64_t rows, int64_t columns, int64_t batch,
                                                                       void* out, int64_t stride) {
-  const auto repack = awq ? Get(portable).awq : Get(portable).transpose;
+  const auto repack = awq ? Get(skip).awq : Get(skip).transpose;
   const int64_t each = awq ? 8 : 1;
   return ForRows(file, offset, columns * 4, rows, batch, [&](const uint8_t* words, int64_t first, int64_t some) {
     repack(reinterpret_cast<const uint32_t*>(words), some / each, columns, static_cast<uint32_t*>(out) + first / each,
@@ -132,14 +135,14 @@ __attribute__((visibility("default"))) int64_t jaxq_repack_file_words(int portab
 }
 
 // Returns a sum of `Lost`.
-__attribute__((visibility("default"))) int jaxq_repack_groups(int portable, const void* scales, int from,
+__attribute__((visibility("default"))) int jaxq_repack_groups(int skip, const void* scales, int from,
                                                               const void* zeros, int bits, int awq, int less,
                                                               int64_t groups, int64_t outputs, int64_t repeats,
                                                               void* out_scales, void* out_biases, int64_t row,
                                                               int dtype) {
   const jaxq::cpu::ZeroPoints points = {static_cast<const uint8_t*>(zeros), bits, awq != 0,
                                         static_cast<unsigned int>(less)};
-  return Get(portable).groups(scales, static_cast<DType>(from), points, groups, outputs, repeats, out_scales,
-                              out_biases, row, static_cast<DType>(dtype));
+  return Get(skip).groups(scales, static_cast<DType>(from), points, groups, outputs, repeats, out_scales, out_biases,
+                          row, static_cast<DType>(dtype));
 }
 }

@@ -1,7 +1,7 @@
 // From the layouts of checkpoints to packed words, scales and biases: see jaxq/kernels/repack.py for what callers owe.
 //
-// Plain loops, compiled once for every CPU and once for AVX2; both make the same bits. One file's functions stand in a
-// table, so that the choice is made in one place, repack.cc.
+// Plain loops, compiled for every CPU, for AVX2 and for AVX-512; all make the same bits. One file's functions stand in
+// a table, so that the choice is made in one place, repack.cc.
 #ifndef JAXQ_KERNELS_CPU_REPACK_H_
 #define JAXQ_KERNELS_CPU_REPACK_H_
 
@@ -44,7 +44,7 @@ struct Repack {
                 int64_t repeats, void* out_scales, void* out_biases, int64_t row, DType dtype);
 };
 
-extern const Repack kRepackScalar, kRepackAvx2;
+extern const Repack kRepackScalar, kRepackAvx2, kRepackAvx512;
 
 }  // namespace jaxq::cpu
 

@@ -268,7 +268,65 @@ struct TernaryScales {
 
 // Digits in base 3, the highest one first. A byte is a fraction of 256, rounded up: multiplying by 3 modulo 256 drops a
 // digit, and the integer part of that product is it: 1 from 86 on, 2 from 171 on.
-#ifdef __AVX2__
+#if defined(__AVX512VBMI__)
+// What a byte holds: four digits in pairs of bits, the first one lowest, and a fifth one.
+struct TernaryTables {
+  uint8_t fours[256], fifth[256];
+};
+
+constexpr TernaryTables MakeTernaryTables() {
+  TernaryTables tables = {};
+  for (int byte = 0; byte < 256; ++byte) {
+    int left = byte;
+    for (int digit = 0; digit < 5; ++digit, left = left * 3 & 255) {
+      const int value = left * 3 >> 8;
+      if (digit < 4)
+        tables.fours[byte] = static_cast<uint8_t>(tables.fours[byte] | value << 2 * digit);
+      else
+        tables.fifth[byte] = static_cast<uint8_t>(value);
+    }
+  }
+  return tables;
+}
+
+alignas(64) constexpr TernaryTables kTernary = MakeTernaryTables();
+
+// table[256] at each of 64 bytes.
+JAXQ_INLINE __m512i LookUp(const uint8_t* table, __m512i bytes) {
+  const auto at = [table](int i) { return _mm512_load_si512(table + i); };
+  return _mm512_mask_blend_epi8(_mm512_movepi8_mask(bytes), _mm512_permutex2var_epi8(at(0), bytes, at(64)),
+                                _mm512_permutex2var_epi8(at(128), bytes, at(192)));
+}
+
+// Where the bytes of a block's words come from: below 64 the fours, whose pairs were exchanged as by TransposePairs;
+// from 64 on the fifths, of which each 32-bit word has four in its lowest byte.
+struct TernaryOrder {
+  uint8_t from[64];
+};
+
+constexpr TernaryOrder MakeTernaryOrder() {
+  TernaryOrder order = {};
+  constexpr struct {
+    int first, width, digits;
+  } kParts[] = {{0, 32, 5}, {32, 16, 5}, {48, 4, 4}};  // the first byte, how many, and digits of each
+  for (const auto& part : kParts)
+    for (int digit = 0; digit < part.digits; ++digit)
+      for (int word = 0; word < part.width / 4; ++word)
+        order.from[(5 * part.first + part.width * digit) / 4 + word] =
+            static_cast<uint8_t>(digit < 4 ? part.first + 4 * word + digit : 64 + part.first + 4 * word);
+  return order;
+}
+
+alignas(64) constexpr TernaryOrder kTernaryOrder = MakeTernaryOrder();
+
+// As for TransposePairs, of a longer vector.
+template <int kShift>
+JAXQ_INLINE __m512i ExchangePairs(__m512i words, int mask) {
+  const __m512i other = _mm512_srli_epi32(words, kShift);
+  const __m512i differ = _mm512_and_si512(_mm512_xor_si512(words, other), _mm512_set1_epi32(mask));
+  return _mm512_xor_si512(words, _mm512_xor_si512(differ, _mm512_slli_epi32(differ, kShift)));
+}
+#elif defined(__AVX2__)
 // Of 32 bytes. Every other one is the high half of a 16-bit number: then products have their integer parts apart.
 struct Digits32 {
   __m256i even, odd;
@@ -313,7 +371,16 @@ struct Digits32 {
 // Five digits of each of 32 bytes, five of 16, four of 4; all of the first digits stand before the second ones.
 struct TQ1 : TernaryScales {
   static constexpr int kBytes = 54, kHalvesAt[] = {52};
-#ifdef __AVX2__
+#if defined(__AVX512VBMI__)
+  static JAXQ_INLINE void Words(const uint8_t* block, uint8_t* out) {
+    const __m512i bytes = _mm512_maskz_loadu_epi8((uint64_t{1} << 52) - 1, block);
+    const __m512i fours = ExchangePairs<12>(ExchangePairs<6>(LookUp(kTernary.fours, bytes), 0x00cc00cc), 0x0000f0f0);
+    const __m512i twos = _mm512_maddubs_epi16(LookUp(kTernary.fifth, bytes), _mm512_set1_epi16(0x0401));
+    const __m512i fifths = _mm512_madd_epi16(twos, _mm512_set1_epi32(0x00100001));
+    const __m512i order = _mm512_load_si512(kTernaryOrder.from);
+    _mm512_storeu_si512(out, _mm512_permutex2var_epi8(fours, order, fifths));
+  }
+#elif defined(__AVX2__)
   static JAXQ_INLINE void Words(const uint8_t* block, uint8_t* out) {
     // The 20 bytes of the rest, behind 12 of the first ones, not to read beyond the block: the 16 to the low half.
     const __m256i end = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + 20));
