@@ -26,8 +26,9 @@ from jaxq.spec import QuantSpec
 PARTS = ("qweight", "qzeros", "scales")
 _GROUPS = (128, 64, 32, 16)
 _FLOATS = ("float16", "bfloat16", "float32")
-# Bytes of qweight that are transposed at a time: more of them leave the caches.
-_PIECE = 1 << 20
+# Bytes of qweight that are transposed at a time: the more, the more of a row of ours is written at once, but more of
+# them leave the caches. Compiled, and in NumPy.
+_PIECE, _NUMPY_PIECE = 2 << 20, 1 << 20
 # Scales whose biases are made at a time: larger temporaries are new pages each time.
 _FLOATS_AT_A_TIME = 1 << 14
 
@@ -184,7 +185,7 @@ def make_entry(layer: Layer, scale_dtype: np.dtype | None, kind: str, read: Call
 def repack_words(layer: Layer, order: repack.Order, out: np.ndarray) -> None:
     """Fill `out` with the layer's packed words, by the compiled library. A batch of rows is a cache line of `out`."""
     qweight, multiple = layer.parts["qweight"], {"gptq": 16, "awq": 128}[order]
-    batch = _rows_at_a_time(qweight, multiple)
+    batch = _rows_at_a_time(qweight, multiple, _PIECE)
     rows, columns = qweight.shape
     done = repack.file_words(order, qweight.source.descriptor, qweight.offset, (rows, columns), out, batch=batch)
     qweight.source.check_read(qweight.offset, done * 4 * columns, qweight.nbytes, qweight.name)
@@ -193,7 +194,7 @@ def repack_words(layer: Layer, order: repack.Order, out: np.ndarray) -> None:
 def pieces(qweight: Tensor, multiple: int) -> Iterator[tuple[slice, np.ndarray]]:
     """(rows, these rows, until the next ones are asked for) over a tensor, a multiple of so many rows at a time."""
     total, width = qweight.shape
-    step = _rows_at_a_time(qweight, multiple)
+    step = _rows_at_a_time(qweight, multiple, _NUMPY_PIECE)
     buffer = empty((min(step, total), width), qweight.dtype)
     for start in range(0, total, step):
         words = buffer[: total - start]
@@ -201,8 +202,8 @@ def pieces(qweight: Tensor, multiple: int) -> Iterator[tuple[slice, np.ndarray]]
         yield slice(start, start + len(words)), words
 
 
-def _rows_at_a_time(qweight: Tensor, multiple: int) -> int:
-    return max(_PIECE // (4 * qweight.shape[1]) // multiple, 1) * multiple
+def _rows_at_a_time(qweight: Tensor, multiple: int, nbytes: int) -> int:
+    return max(nbytes // (4 * qweight.shape[1]) // multiple, 1) * multiple
 
 
 # ---- configs

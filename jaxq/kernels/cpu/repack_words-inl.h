@@ -19,7 +19,8 @@ namespace {
 
 // ---- transposed words
 
-// A cache line of words: what is written at a time to each row of the output.
+// A cache line of words: what is written at a time to each row of the output. Tiles are taken down the columns: the
+// next one continues those rows, and memory takes several lines of a row faster than as many of different rows.
 constexpr int kTile = 16;
 
 JAXQ_INLINE int Least(int64_t a, int64_t b) { return static_cast<int>(a < b ? a : b); }
@@ -130,8 +131,8 @@ JAXQ_INLINE void TransposeTile(const uint32_t* from, int64_t from_stride, int he
 }
 
 void Transpose(const uint32_t* words, int64_t rows, int64_t columns, uint32_t* out, int64_t stride) {
-  for (int64_t row = 0; row < rows; row += kTile)
-    for (int64_t column = 0; column < columns; column += kTile)
+  for (int64_t column = 0; column < columns; column += kTile)
+    for (int64_t row = 0; row < rows; row += kTile)
       TransposeTile(words + row * columns + column, columns, Least(kTile, rows - row), Least(kTile, columns - column),
                     out + column * stride + row, stride);
   EndOfStreams();
@@ -173,8 +174,8 @@ JAXQ_INLINE void AwqTile(const uint32_t* words, int64_t columns, int height, int
 }
 
 void Awq(const uint32_t* words, int64_t rows, int64_t columns, uint32_t* out, int64_t stride) {
-  for (int64_t row = 0; row < rows; row += kTile)
-    for (int64_t column = 0; column < columns; column += kTile) {
+  for (int64_t column = 0; column < columns; column += kTile)
+    for (int64_t row = 0; row < rows; row += kTile) {
       const int height = Least(kTile, rows - row), width = Least(kTile, columns - column);
       const uint32_t* from = words + row * 8 * columns + column;
       uint32_t* to = out + column * 8 * stride + row;
