@@ -271,16 +271,28 @@ JAXQ_INLINE int CastFloats(const float* values, DType dtype, uint16_t* out) {
   return (beyond ? kBeyond : 0) | (rounded ? kRounded : 0);
 }
 
-// tile[groups][kSomeOutputs] -> out[outputs, row], each group `repeats` times from group `first` on; the last may be cut.
+// tile[groups][kSomeOutputs] -> out[outputs, groups], whose rows begin `row` apart.
+JAXQ_INLINE void StoreOnce(const uint32_t (*tile)[kSomeOutputs], int groups, int outputs, uint32_t* out, int64_t row) {
+  for (int j = 0; j < outputs; j += kTile)
+    TransposeTile(tile[0] + j, kSomeOutputs, groups, Least(kTile, outputs - j), out + j * row, row);
+}
+
+JAXQ_INLINE void StoreOnce(const uint16_t (*tile)[kSomeOutputs], int groups, int outputs, uint16_t* out, int64_t row) {
+  for (int j = 0; j < outputs; ++j)
+    for (int g = 0; g < groups; ++g) out[j * row + g] = tile[g][j];
+}
+
+// tile[groups][kSomeOutputs] -> out[outputs, row], each group `repeats` times from group `first` on; the last may be
+// cut.
 template <typename Word>
 JAXQ_INLINE void StoreGroups(const Word (*tile)[kSomeOutputs], int groups, int outputs, int64_t first, int64_t repeats,
                              Word* out, int64_t row) {
+  if (repeats == 1) {
+    StoreOnce(tile, groups, outputs, out + first, row);
+    return;
+  }
   for (int j = 0; j < outputs; ++j) {
     Word* to = out + j * row;
-    if (repeats == 1) {
-      for (int g = 0; g < groups; ++g) to[first + g] = tile[g][j];
-      continue;
-    }
     for (int g = 0; g < groups; ++g)
       for (int64_t at = (first + g) * repeats; at < (first + g + 1) * repeats && at < row; ++at) to[at] = tile[g][j];
   }
@@ -311,6 +323,7 @@ int GroupsAs(const uint8_t* scales, DType from, const ZeroPoints& zeros, int64_t
       StoreGroups(scale, height, width, group, repeats, out_scales + output * row, row);
       StoreGroups(bias, height, width, group, repeats, out_biases + output * row, row);
     }
+  EndOfStreams();
   return lost;
 }
 
