@@ -19,6 +19,11 @@ def weights(dtype: str) -> dict[str, np.ndarray]:
     XLA flushes subnormal float32 to zero, where MLX keeps it."""
     rng = np.random.default_rng(7)
     normal = rng.standard_normal((ROWS, LENGTH))
+    edges = rng.uniform(1, 2, (ROWS, 1)).astype(np.float32)
+    top = 2.0 ** rng.choice([2, 3, 4, 5, 6, 8], (ROWS, 1)) - 1
+    halves = edges * (1 - (rng.integers(0, top // 2, (ROWS, LENGTH)) + 0.5) / top)
+    halves = (halves.astype(np.float32).view(np.int32) + rng.integers(-2, 3, halves.shape, np.int32)).view(np.float32)
+    halves[:, ::16], halves[:, 1::16] = 0, edges
     wide = (-100, 100) if dtype != "float16" else (-12, 10)
     cases = {
         "random": normal,
@@ -31,6 +36,7 @@ def weights(dtype: str) -> dict[str, np.ndarray]:
         "integers": rng.integers(-8, 8, (ROWS, LENGTH)),
         "rows of every scale": normal * np.exp2(rng.uniform(*wide, (ROWS, 1))),
         "groups of every scale": normal * np.exp2(rng.uniform(*wide, (ROWS, LENGTH))),
+        "units in the last place about halves between codes": halves,
         "one in a group": np.where(np.arange(LENGTH) % 64 == 5, normal, 0),
     }
     return {name: np.asarray(jnp.asarray(w, jnp.float32).astype(dtype)) for name, w in cases.items()}

@@ -25,6 +25,7 @@ JAXQ_INLINE F Mul(F a, F b) { return _mm256_mul_ps(a, b); }
 JAXQ_INLINE F Div(F a, F b) { return _mm256_div_ps(a, b); }
 JAXQ_INLINE F Min(F a, F b) { return _mm256_min_ps(a, b); }
 JAXQ_INLINE F Max(F a, F b) { return _mm256_max_ps(a, b); }
+JAXQ_INLINE F IfMore(F a, F b, F x, F y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
 JAXQ_INLINE F Round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 JAXQ_INLINE F Fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 
@@ -108,10 +109,13 @@ JAXQ_INLINE void FromPackedE2m1(const uint8_t* p, F out[2]) {
     out[i] = _mm256_or_ps(size, _mm256_and_ps(sign, _mm256_set1_ps(-0.0f)));
   }
 }
-JAXQ_INLINE void ToU8(uint8_t* p, F v) {
-  const __m256i words = _mm256_cvtps_epi32(v);
-  const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(halves, halves));
+JAXQ_INLINE void ToU8(uint8_t* p, const F* v, int most) {
+  const __m256i low = _mm256_packs_epi32(_mm256_cvtps_epi32(v[0]), _mm256_cvtps_epi32(v[1]));
+  const __m256i high = _mm256_packs_epi32(_mm256_cvtps_epi32(v[2]), _mm256_cvtps_epi32(v[3]));
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order);
+  const __m256i top = _mm256_set1_epi8(static_cast<char>(most));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_min_epu8(bytes, top));
 }
 
 // For digits-inl.h and madd_dot-inl.h.
@@ -154,6 +158,19 @@ JAXQ_INLINE float MinOf(F v) {
   return _mm_cvtss_f32(_mm_min_ss(a, _mm_shuffle_ps(a, a, 1)));
 }
 JAXQ_INLINE float MaxOf(F v) { return -MinOf(_mm256_sub_ps(_mm256_setzero_ps(), v)); }
+
+template <typename Op>
+JAXQ_INLINE F Across(const F* rows, Op&& op) {
+  F quads[2];
+  JAXQ_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const F* row = rows + 4 * i;
+    const F a = op(_mm256_unpacklo_ps(row[0], row[1]), _mm256_unpackhi_ps(row[0], row[1]));
+    const F b = op(_mm256_unpacklo_ps(row[2], row[3]), _mm256_unpackhi_ps(row[2], row[3]));
+    quads[i] = op(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
+  }
+  return op(_mm256_permute2f128_ps(quads[0], quads[1], 0x20), _mm256_permute2f128_ps(quads[0], quads[1], 0x31));
+}
 
 JAXQ_INLINE void Transpose(F r[8]) {
   F t[8], u[8];

@@ -13,6 +13,9 @@ JAXQ_INLINE F Mul(F a, F b) { return _mm512_mul_ps(a, b); }
 JAXQ_INLINE F Div(F a, F b) { return _mm512_div_ps(a, b); }
 JAXQ_INLINE F Min(F a, F b) { return _mm512_min_ps(a, b); }
 JAXQ_INLINE F Max(F a, F b) { return _mm512_max_ps(a, b); }
+JAXQ_INLINE F IfMore(F a, F b, F x, F y) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), y, x);
+}
 JAXQ_INLINE F Round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 JAXQ_INLINE F Fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 
@@ -93,8 +96,12 @@ JAXQ_INLINE void FromPackedE2m1(const uint8_t* p, F* out) {
   const F values = _mm512_setr_ps(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12);
   *out = _mm512_permutexvar_ps(PackedCodes<4>(p), values);
 }
-JAXQ_INLINE void ToU8(uint8_t* p, F v) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+JAXQ_INLINE void ToU8(uint8_t* p, const F* v, int most) {
+  const __m512i low = _mm512_packs_epi32(_mm512_cvtps_epi32(v[0]), _mm512_cvtps_epi32(v[1]));
+  const __m512i high = _mm512_packs_epi32(_mm512_cvtps_epi32(v[2]), _mm512_cvtps_epi32(v[3]));
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high));
+  _mm512_storeu_si512(p, _mm512_min_epu8(bytes, _mm512_set1_epi8(static_cast<char>(most))));
 }
 
 // For digits-inl.h.
@@ -114,6 +121,22 @@ JAXQ_INLINE void StoreDigits(F v, int8_t* const* digit, int64_t at) {
 
 JAXQ_INLINE float Sum(F v) { return _mm512_reduce_add_ps(v); }
 JAXQ_INLINE float MaxOf(F v) { return _mm512_reduce_max_ps(v); }
+
+template <typename Op>
+JAXQ_INLINE F Across(const F* rows, Op&& op) {
+  F quads[4];
+  JAXQ_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const F* row = rows + 4 * i;
+    const F a = op(_mm512_unpacklo_ps(row[0], row[1]), _mm512_unpackhi_ps(row[0], row[1]));
+    const F b = op(_mm512_unpacklo_ps(row[2], row[3]), _mm512_unpackhi_ps(row[2], row[3]));
+    quads[i] = op(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+  }
+  const auto halve = [&](F a, F b) __attribute__((always_inline)) {
+    return op(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  return halve(halve(quads[0], quads[1]), halve(quads[2], quads[3]));
+}
 
 JAXQ_INLINE void TransposeWords(__m512i r[16]) {
   __m512i t[16];

@@ -54,42 +54,70 @@ Outcome Dequantize(const DequantizeArgs& args, const Parallel& parallel) {
   return Outcome::kDone;
 }
 
-// Up to kLanes affine groups, values[count][g] -> packed, scales and biases from number `first` on. The arithmetic is
-// AffineOfRange's and QuantizeAffineGroup's.
-void QuantizeGroups(const QuantizeArgs& args, int64_t first, int64_t count, const float* values, uint8_t* packed) {
-  const int64_t g = args.format.group_size;
-  const float max_code = static_cast<float>((1 << args.format.bits) - 1);
-  F lows[kLanes], highs[kLanes], poisons[kLanes];
+// kLanes affine groups, values[kLanes][kGroup] -> packed, scales and biases from number `first` on. The bits are those
+// of QuantizeAffineGroup, which is left what is not finite, and scales whose reciprocals are subnormal.
+//
+// Quotients are products with the reciprocal, each corrected once by its remainder. A product is less than 3/2 units of
+// its last place off, and then the corrected one is what a division rounds to (after P. Markstein, 1990), but perhaps
+// just below a power of two. No code changes there: 1/2 is the only power among the halves between codes, and rounds as
+// what is below it. Scales are 2**-25 at least, so nothing underflows that matters.
+template <int64_t kGroup>
+void QuantizeGroups(const QuantizeArgs& args, int64_t first, const float* values, uint8_t* packed) {
+  constexpr int64_t kStep = 4 * kLanes, kCount = kLanes * kGroup;
+  const int max_code = (1 << args.format.bits) - 1;
+  F lows[kLanes], highs[kLanes], poison = Zero();
   for (int64_t j = 0; j < kLanes; ++j) {
-    const float* group = values + Least(j, count - 1) * g;
-    F low = Load(group), high = low, poison = Sub(low, low);
-    for (int64_t i = kLanes; i < g; i += kLanes) {
+    const float* group = values + j * kGroup;
+    F low = Load(group), high = low;
+    poison = Fma(low, Zero(), poison);  // 0, or NaN after a NaN or an infinity
+    for (int64_t i = kLanes; i < kGroup; i += kLanes) {
       const F v = Load(group + i);
       low = Min(low, v), high = Max(high, v);
-      poison = Add(poison, Sub(v, v));  // 0, or NaN after a NaN or an infinity
+      poison = Fma(v, Zero(), poison);
     }
-    lows[j] = low, highs[j] = high, poisons[j] = poison;
+    lows[j] = low, highs[j] = high;
   }
-  // One transposition brings the groups side by side, which is less than as many reductions.
-  Transpose(lows), Transpose(highs), Transpose(poisons);
-  for (int64_t j = 1; j < kLanes; ++j) {
-    lows[0] = Min(lows[0], lows[j]), highs[0] = Max(highs[0], highs[j]);
-    poisons[0] = Add(poisons[0], poisons[j]);
-  }
-  float low[kLanes], high[kLanes], poison[kLanes];
-  Store(low, lows[0]), Store(high, highs[0]), Store(poison, poisons[0]);
-  uint8_t codes[kMaxGroup + 64];
-  for (int64_t j = 0; j < count; ++j, values += g, packed += g / 8 * args.format.bits) {
-    Affine affine = {FloatOfBits(0x7fc00000u), FloatOfBits(0x7fc00000u)};
-    if (poison[j] == 0.0f) affine = AffineOfRange(low[j], high[j], max_code);
-    const F scale = Set1(affine.scale), bias = Set1(affine.bias), top = Set1(max_code);
-    for (int64_t i = 0; i < g; i += kLanes) {
-      const F code = Round(Div(Sub(Load(values + i), bias), scale));
-      ToU8(codes + i, Min(Max(code, Zero()), top));  // a NaN becomes 0: Max gives its second operand then
+  // AffineOfRange, in every lane.
+  const F low = Across(lows, [](F a, F b) __attribute__((always_inline)) { return Min(a, b); });
+  const F high = Across(highs, [](F a, F b) __attribute__((always_inline)) { return Max(a, b); });
+  const F depth = Sub(Zero(), low), height = Max(high, Sub(Zero(), high));
+  const F step = Max(Div(Sub(high, low), Set1(static_cast<float>(max_code))), Set1(1e-7f));
+  const F signed_step = IfMore(depth, height, step, Sub(Zero(), step)), edge = IfMore(depth, height, low, high);
+  const F code = Round(Div(edge, signed_step)), steps = Max(code, Sub(Zero(), code));
+  const F scale = Add(IfMore(steps, Zero(), Div(edge, code), signed_step), Set1(Sum(poison)));
+  float scales[kLanes], minus_scales[kLanes], reciprocals[kLanes], biases[kLanes];
+  Store(scales, scale), Store(minus_scales, Sub(Zero(), scale)), Store(reciprocals, Div(Set1(1.0f), scale));
+  Store(biases, IfMore(steps, Zero(), edge, Zero()));
+  uint8_t codes[kCount];
+  for (int64_t i = 0; i < kCount; i += kStep) {
+    F quotients[4];
+    JAXQ_UNROLL
+    for (int64_t v = 0; v < 4; ++v) {
+      const int64_t j = i / kGroup + v * kLanes / kGroup;
+      const F reciprocal = Set1(reciprocals[j]), value = Sub(Load(values + i + v * kLanes), Set1(biases[j]));
+      const F near = Mul(value, reciprocal);
+      quotients[v] = Fma(Fma(near, Set1(minus_scales[j]), value), reciprocal, near);
     }
-    PackOctets(codes, g / 8, args.format.bits, packed);
-    StoreAs(args.w_dtype, args.scales, first + j, affine.scale);
-    StoreAs(args.w_dtype, args.biases, first + j, affine.bias);
+    ToU8(codes + i, quotients, max_code);
+  }
+  PackOctets(codes, kCount / 8, args.format.bits, packed);
+  FromFloats(args.w_dtype, scales, kLanes, args.scales, first);
+  FromFloats(args.w_dtype, biases, kLanes, args.biases, first);
+  for (int64_t j = 0; j < kLanes; ++j)
+    if (!(std::fabs(scales[j]) <= 0x1p126f))
+      QuantizeAffineGroup(args, first + j, values + j * kGroup, packed + j * kGroup / 8 * args.format.bits);
+}
+
+void QuantizeGroups(const QuantizeArgs& args, int64_t first, const float* values, uint8_t* packed) {
+  switch (args.format.group_size) {
+    case 16:
+      return QuantizeGroups<16>(args, first, values, packed);
+    case 32:
+      return QuantizeGroups<32>(args, first, values, packed);
+    case 64:
+      return QuantizeGroups<64>(args, first, values, packed);
+    default:
+      return QuantizeGroups<128>(args, first, values, packed);
   }
 }
 
@@ -107,11 +135,15 @@ Outcome Quantize(const QuantizeArgs& args, const Parallel& parallel) {
       else
         ToFloats(args.w_dtype, args.w, group * g, count * g, converted);
       uint8_t* packed = args.packed + group * group_bytes;
-      if (args.format.affine())
-        QuantizeGroups(args, group, count, values, packed);
-      else
-        for (int64_t j = 0; j < count; ++j)
-          QuantizeFloatGroup(args, group + j, values + j * g, packed + j * group_bytes);
+      if (args.format.affine() && count == kLanes) {
+        QuantizeGroups(args, group, values, packed);
+        continue;
+      }
+      for (int64_t j = 0; j < count; ++j, values += g, packed += group_bytes)
+        if (args.format.affine())
+          QuantizeAffineGroup(args, group + j, values, packed);
+        else
+          QuantizeFloatGroup(args, group + j, values, packed);
     }
   });
   return Outcome::kDone;

@@ -14,6 +14,7 @@ JAXQ_INLINE F Div(F a, F b) { return vdivq_f32(a, b); }
 // "nm": of a NaN and a number they give the number.
 JAXQ_INLINE F Min(F a, F b) { return vminnmq_f32(a, b); }
 JAXQ_INLINE F Max(F a, F b) { return vmaxnmq_f32(a, b); }
+JAXQ_INLINE F IfMore(F a, F b, F x, F y) { return vbslq_f32(vcgtq_f32(a, b), x, y); }
 JAXQ_INLINE F Round(F a) { return vrndnq_f32(a); }
 JAXQ_INLINE F Fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
 
@@ -79,14 +80,22 @@ JAXQ_INLINE void FromPackedE2m1(const uint8_t* p, F out[4]) {
   JAXQ_UNROLL
   for (int i = 0; i < 4; ++i) out[i] = FromS8(twice + 4 * i);
 }
-JAXQ_INLINE void ToU8(uint8_t* p, F v) {
-  const uint16x4_t halves = vmovn_u32(vcvtq_u32_f32(v));
-  const uint32_t word = vget_lane_u32(vreinterpret_u32_u8(vmovn_u16(vcombine_u16(halves, halves))), 0);
-  std::memcpy(p, &word, 4);
+JAXQ_INLINE void ToU8(uint8_t* p, const F* v, int most) {
+  const uint16x8_t low = vcombine_u16(vqmovn_u32(vcvtnq_u32_f32(v[0])), vqmovn_u32(vcvtnq_u32_f32(v[1])));
+  const uint16x8_t high = vcombine_u16(vqmovn_u32(vcvtnq_u32_f32(v[2])), vqmovn_u32(vcvtnq_u32_f32(v[3])));
+  const uint8x16_t bytes = vcombine_u8(vqmovn_u16(low), vqmovn_u16(high));
+  vst1q_u8(p, vminq_u8(bytes, vdupq_n_u8(static_cast<uint8_t>(most))));
 }
 
 JAXQ_INLINE float Sum(F v) { return vaddvq_f32(v); }
 JAXQ_INLINE float MaxOf(F v) { return vmaxnmvq_f32(v); }
+
+template <typename Op>
+JAXQ_INLINE F Across(const F* rows, Op&& op) {
+  const F a = op(vuzp1q_f32(rows[0], rows[1]), vuzp2q_f32(rows[0], rows[1]));
+  const F b = op(vuzp1q_f32(rows[2], rows[3]), vuzp2q_f32(rows[2], rows[3]));
+  return op(vuzp1q_f32(a, b), vuzp2q_f32(a, b));
+}
 
 JAXQ_INLINE void Transpose(F r[4]) {
   const F a = vtrn1q_f32(r[0], r[1]), b = vtrn2q_f32(r[0], r[1]);

@@ -11,9 +11,12 @@
 //   FromE4m3(p) FromE8m0(p)       kLanes bytes in those formats as floats, NaNs included
 //   FromPacked<bits>(p, v) FromPackedE2m1(p, v)   16 codes of fewer than 8 bits, 2*bits bytes, as 16/kLanes vectors of
 //                                 floats; E2M1 as twice the values
-//   ToU8(p, v)                    kLanes floats, whole numbers in [0, 255], as bytes
-//   Add Sub Mul Div Min Max Abs Round (to nearest even)   Fma(a, b, c) = a*b + c, rounded once
+//   ToU8(p, F v[4], most)         4*kLanes floats below 2**15 in magnitude as bytes: rounded to nearest even, and to
+//                                 the ends of [0, most] from outside it
+//   Add Sub Mul Div Min Max Round (to nearest even)   Fma(a, b, c) = a*b + c, rounded once
+//   IfMore(a, b, x, y)            x where a > b, else y
 //   Sum(v) MaxOf(v)               over the lanes
+//   Across(F rows[kLanes], op)    lane i is op of all lanes of row i, in some order
 //   Transpose(F rows[kLanes])
 //   UnpackOctets(src, octets, bits, readable, dst)   8*octets codes to bytes; `readable` bytes may be read from src
 //   PackOctets(codes, octets, bits, dst)             the inverse; writes octets*bits bytes and no more

@@ -8,11 +8,14 @@ JAXQ_INLINE uint64_t SpreadMask(int bits) { return 0x0101010101010101u * ((1u <<
     std::memcpy(dst, codes, static_cast<size_t>(octets) * 8);
     return;
   }
-  if (bits == 4 && octets % 2 == 0) {  // code + 16 * next, of 16 at a time
-    for (int64_t i = 0; i < octets; i += 2, codes += 16, dst += 8) {
-      const __m128i pairs = _mm_maddubs_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)),
-                                              _mm_set1_epi16(0x1001));
-      _mm_storel_epi64(reinterpret_cast<__m128i*>(dst), _mm_packus_epi16(pairs, pairs));
+  if (bits == 4 && octets % 8 == 0) {
+    const auto pairs = [](const uint8_t* from) __attribute__((always_inline)) {  // code + 16 * next
+      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+      return _mm256_maddubs_epi16(bytes, _mm256_set1_epi16(0x1001));
+    };
+    for (int64_t i = 0; i < octets; i += 8, codes += 64, dst += 32) {
+      const __m256i bytes = _mm256_packus_epi16(pairs(codes), pairs(codes + 32));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst), _mm256_permute4x64_epi64(bytes, 0xd8));
     }
     return;
   }
