@@ -123,12 +123,15 @@ void QuantizeGroups(const QuantizeArgs& args, int64_t first, const float* values
 
 Outcome Quantize(const QuantizeArgs& args, const Parallel& parallel) {
   const int64_t g = args.format.group_size, total = args.rows * args.length / g, per_task = kCodesPerTask / g;
-  const int64_t group_bytes = g / 8 * args.format.bits;
+  const int64_t group_bytes = g / 8 * args.format.bits, read_bytes = g * SizeOf(args.w_dtype);
   parallel.For(Ceil(total, per_task), [&](int64_t task, int) {
     const int64_t end = Least(total, (task + 1) * per_task);
     float converted[kLanes * kMaxGroup];
     for (int64_t group = task * per_task; group < end; group += kLanes) {
       const int64_t count = Least(kLanes, end - group);
+      // The next groups arrive while these are at work. (An address past the end does nothing.)
+      const char* const next = static_cast<const char*>(args.w) + (group + kLanes) * read_bytes;
+      for (int64_t i = 0; i < count * read_bytes; i += 64) __builtin_prefetch(next + i);
       const float* values = converted;
       if (args.w_dtype == DType::kF32)
         values = static_cast<const float*>(args.w) + group * g;
