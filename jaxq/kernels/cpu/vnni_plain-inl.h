@@ -29,12 +29,13 @@ constexpr int kMaxTileRows = 6;
 
 struct PlainScratch {
   alignas(64) uint8_t codes[kSpanVectors / 2][kBlockRows / 4][2][64];
-  int8_t digits[kSpan / 16][3][kBlockRows];  // of the groups of a span, or of one group and some rows of x
-  float units[kSpan / 16], biases[kSpan / 16];
+  int8_t digits[kMaxTileRows][3][kBlockRows];  // of one group and some rows of x
+  float units[kMaxTileRows], biases[kMaxTileRows];
   PanelScales<kBlockRows> scales;
+  ScaledStrip strips[kSingleRows];
 };
 
-JAXQ_INLINE __m512i BroadcastWord(const int8_t* word) {
+JAXQ_INLINE __m512i BroadcastWord(const void* word) {
   int32_t quad;
   std::memcpy(&quad, word, 4);
   return _mm512_set1_epi32(quad);
@@ -90,16 +91,17 @@ struct SpanOfRows {
   SpanBytes bytes;
 };
 
-// One row of x by a span of kGroups groups; adds to y[kSpan].
+// One row of x by a span of kGroups groups, from number `first` of the strip on; adds to y[kSpan].
 template <int kDigits, int kGroups, typename Quads>
-JAXQ_INLINE void MultiplySpan(const Quads& load, SpanOfRows span, const PlainScratch& s, Fetcher* next, float* y) {
+JAXQ_INLINE void MultiplySpan(const Quads& load, SpanOfRows span, const ScaledStrip& s, int64_t first, Fetcher* next,
+                              float* y) {
   __m512i sums[kSpanVectors][kDigits];
   JAXQ_UNROLL
   for (auto& vector : sums)
     JAXQ_UNROLL
     for (__m512i& sum : vector) sum = _mm512_setzero_si512();
-  const int8_t* word = s.digits[0][0];
-  for (; span.count > 0; span.count -= 4, span.w += 4 * span.row_bytes, word += 4) {
+  const int32_t* word = s.Group(first);
+  for (; span.count > 0; span.count -= 4, span.w += 4 * span.row_bytes, word += ScaledStrip::kNext) {
     __m512i quads[Quads::kQuads];
     next->Next(load.bits());
     load(span.w, span.row_bytes, span.count, span.bytes, quads);
@@ -108,7 +110,8 @@ JAXQ_INLINE void MultiplySpan(const Quads& load, SpanOfRows span, const PlainScr
     for (int group = 0; group < kGroups; ++group) {
       __m512i digits[kDigits];
       JAXQ_UNROLL
-      for (int d = 0; d < kDigits; ++d) digits[d] = BroadcastWord(word + (3 * group + d) * kBlockRows);
+      for (int d = 0; d < kDigits; ++d)
+        digits[d] = BroadcastWord(word + group % 4 * 16 + group / 4 * 4 + kDigits - 1 - d);
       JAXQ_UNROLL
       for (int v = group * kVectors; v < (group + 1) * kVectors; ++v) {
         const __m512i codes = load.Vector(quads, v);
@@ -119,7 +122,7 @@ JAXQ_INLINE void MultiplySpan(const Quads& load, SpanOfRows span, const PlainScr
   }
   JAXQ_UNROLL
   for (int v = 0; v < kSpanVectors; ++v) {
-    const int group = v * kGroups / kSpanVectors;
+    const int64_t group = first + v * kGroups / kSpanVectors;
     const __m512 total = FloatOfDigits<kDigits>(sums[v], s.units[group], s.biases[group]);
     _mm512_storeu_ps(y + 16 * v, _mm512_add_ps(total, _mm512_loadu_ps(y + 16 * v)));
   }
@@ -171,13 +174,14 @@ class PlainProduct {
     Fetchers next = Fetch(n + kBlockRows, k, width);
     for (int64_t column = 0; column < width; column += kSpan) {
       const int64_t columns = Least(kSpan, width - column), in_strip = column % strip;
-      if (in_strip == 0) TakeScales(n, count, k + column, Least(strip, width - column));
+      if (in_strip == 0 && !TakeStrip(n, count, k + column, Least(strip, width - column))) return false;
       next.scales.Next(Ceil(next.scale_lines, spans));
       next.biases.Next(Ceil(next.scale_lines, spans));
       const uint8_t* w = weight_.packed + n * weight_.row_bytes + (k + column) / 8 * bits;
       const SpanOfRows span = {w, weight_.row_bytes, count, columns, load_.Bytes(columns)};
-      if (!(rows_ <= kSingleRows ? Single(span, in_strip, &next.codes, y + column, stride)
-                                 : Panel(span, in_strip, &next.codes, y + column, stride)))
+      if (rows_ <= kSingleRows)
+        Single(span, in_strip, &next.codes, y + column, stride);
+      else if (!Panel(span, in_strip, &next.codes, y + column, stride))
         return false;
     }
     return true;
@@ -201,13 +205,22 @@ class PlainProduct {
             rows * Ceil(wide, 64)};
   }
 
-  void TakeScales(int64_t n, int64_t count, int64_t k, int64_t columns) const {
+  // Of a strip: its scales, or the digits of few rows of x. False as SplitGroup.
+  bool TakeStrip(int64_t n, int64_t count, int64_t k, int64_t columns) const {
     const int64_t g = weight_.format.group_size, filled = RoundUp(count, 16);
+    if (rows_ <= kSingleRows) {
+      for (int64_t m = 0; m < rows_; ++m) {
+        const float* x = x_ + m * kBlockRows;
+        if (!SplitStrip<kDigits>(weight_, n, count, k / g, columns / g, x, s_->strips + m)) return false;
+      }
+      return true;
+    }
     FillScales(weight_, n, count, k / g, columns / g, 0.0f, &s_->scales);
     for (int64_t j = 0; j < columns / g && filled < kBlockRows; ++j) {
       std::memset(s_->scales.scales[j] + filled, 0, static_cast<size_t>(kBlockRows - filled) * sizeof(float));
       std::memset(s_->scales.biases[j] + filled, 0, static_cast<size_t>(kBlockRows - filled) * sizeof(float));
     }
+    return true;
   }
 
   // Digits of row m for the group `group` of the strip, as number `at`.
@@ -217,19 +230,18 @@ class PlainProduct {
   }
 
   // A span, which begins at column `at` of the strip.
-  bool Single(const SpanOfRows& span, int64_t at, Fetcher* next, float* y, int64_t stride) const {
+  void Single(const SpanOfRows& span, int64_t at, Fetcher* next, float* y, int64_t stride) const {
     const int64_t g = weight_.format.group_size;
     for (int64_t m = 0; m < rows_; ++m, y += stride) {
-      for (int64_t j = 0; j < span.columns / g; ++j)
-        if (!Split(m, at / g + j, j)) return false;
-      const auto multiply = [&](auto groups) { MultiplySpan<kDigits, decltype(groups)::value>(load_, span, *s_, next, y); };
+      const auto multiply = [&](auto groups) {
+        MultiplySpan<kDigits, decltype(groups)::value>(load_, span, s_->strips[m], at / g, next, y);
+      };
       if (g == 128) multiply(Count<1>{});
       if (g == 64) multiply(Count<2>{});
       if (g == 32) multiply(Count<4>{});
       if constexpr (!Quads::kInPairs)
         if (g == 16) multiply(Count<8>{});
     }
-    return true;
   }
 
   bool Panel(const SpanOfRows& span, int64_t in_strip, Fetcher* next, float* y, int64_t stride) const {

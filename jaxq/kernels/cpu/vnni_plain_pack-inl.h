@@ -157,6 +157,61 @@ JAXQ_INLINE bool SplitScaled(const float* x, const float* scales, const float* b
   return true;
 }
 
+// The same of up to 16 groups side by side: a word has a digit of four rows.
+struct ScaledStrip {
+  alignas(64) int32_t words[kBlockRows / 4][4][4][4];  // [four rows][group % 4][group / 4][digit, the lowest first]
+  alignas(64) float units[16], biases[16];
+
+  // One group's of the first four rows; the next four rows' lie kNext on.
+  static constexpr int64_t kNext = 64;
+  const int32_t* Group(int64_t group) const { return words[0][group % 4][group / 4]; }
+};
+
+// SplitScaled of rows n .. n+count and `groups` groups from number `first` on, which reads scales and biases as they lie.
+// x: zeros from `count` on.
+template <int kDigits>
+JAXQ_INLINE bool SplitStrip(const Weight& weight, int64_t n, int64_t count, int64_t first, int64_t groups,
+                            const float* x, ScaledStrip* out) {
+  constexpr float kRange = DigitRange(kDigits), kMiddle = kDigits == 3 ? 32896.0f : 128.0f;
+  alignas(64) float products[kBlockRows][16];
+  const __mmask16 mask = FirstLanes(groups);
+  const int64_t quads = Ceil(count, 4);
+  __m512 biases[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+  __m512i largest = _mm512_setzero_si512();
+  for (int64_t q = 0; q < quads; ++q) {
+    JAXQ_UNROLL
+    for (int64_t i = 0; i < 4; ++i) {
+      const int64_t r = 4 * q + i, at = (n + Least(r, count - 1)) * weight.groups + first;
+      const __m512 v = _mm512_set1_ps(x[r]);
+      const __m512 product = _mm512_mul_ps(v, LoadSome(weight.scale_dtype, weight.scales, at, mask));
+      biases[i] = _mm512_fmadd_ps(v, LoadSome(weight.scale_dtype, weight.biases, at, mask), biases[i]);
+      const __m512i size = _mm512_and_si512(_mm512_castps_si512(product), _mm512_set1_epi32(INT32_MAX));
+      largest = _mm512_max_epi32(largest, size);
+      _mm512_store_ps(products[r], product);
+    }
+  }
+  const __m512 top = _mm512_castsi512_ps(largest), range = _mm512_set1_ps(kRange);
+  const __mmask16 some = _mm512_cmp_ps_mask(top, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+  if (_mm512_cmp_ps_mask(top, _mm512_set1_ps(0x1p127f), _CMP_NLT_UQ) != 0 ||
+      _mm512_mask_cmp_ps_mask(some, top, _mm512_set1_ps(0x1p-96f), _CMP_LT_OQ) != 0)
+    return false;
+  _mm512_store_ps(out->units, _mm512_div_ps(top, range));
+  _mm512_store_ps(out->biases, _mm512_add_ps(_mm512_add_ps(biases[0], biases[1]), _mm512_add_ps(biases[2], biases[3])));
+  const __m512 per_unit = _mm512_maskz_div_ps(some, range, top), middle = _mm512_set1_ps(kMiddle);
+  constexpr int32_t kSigns = -0x7f7f7f80;  // 0x80 in every byte, which takes the middle off again
+  const __m512i signs = _mm512_broadcast_i32x4(_mm_setr_epi32(kSigns, kDigits == 3 ? kSigns : 0, 0, 0));
+  for (int64_t q = 0; q < quads; ++q) {
+    __m512i rows[4], words[4];
+    JAXQ_UNROLL
+    for (int i = 0; i < 4; ++i)
+      rows[i] = _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_load_ps(products[4 * q + i]), per_unit, middle));
+    Interleave(rows, words);
+    JAXQ_UNROLL
+    for (int i = 0; i < 4; ++i) _mm512_store_si512(out->words[q][i], _mm512_xor_si512(words[i], signs));
+  }
+  return true;
+}
+
 // A sum of each digit, times the digits' unit, plus the bias.
 template <int kDigits>
 JAXQ_INLINE __m512 FloatOfDigits(const __m512i* sums, float unit, float bias) {
