@@ -21,8 +21,10 @@ namespace jaxq::cpu {
 namespace JAXQ_ISA {
 namespace {
 
-constexpr int kVnniRows = 4;    // of w at a time
-constexpr int64_t kChunk = 16;  // groups whose scales are in a register
+constexpr int kVnniRows = 4;     // of w whose scales are taken at a time
+constexpr int kVnniPair = 2;     // of those, read at a time: four are too many streams for the hardware to foresee
+constexpr int64_t kNear = 8192;  // bytes of w from what is read to what is fetched, where it is read once
+constexpr int64_t kChunk = 16;   // groups whose scales are in a register
 constexpr int64_t kPage = 4096;
 
 template <DType kDType>
@@ -142,16 +144,18 @@ struct DotUnpacker {
   }
 };
 
-// kRows rows of w by kM rows of x.
+// kRows rows of w, kPair at a time, by kM rows of x.
 template <typename Shape, bool kE2m1, int kM>
 struct DotTile {
   static constexpr int kBits = Shape::kBits, kPlanes = Shape::kPlanes, kBlocks = Shape::kBlocks;
-  static constexpr int kDigits = Shape::kDigits, kRows = kM == 1 ? kVnniRows : kVnniRows / 2;
+  static constexpr int kDigits = Shape::kDigits, kRows = kM == 1 ? kVnniRows : kVnniRows / 2, kPair = kVnniPair;
 
   const MatmulArgs& args;
   const Weight& weight;
   float* const scaled;  // scratch: [kRows][kM][padded groups]
   const DotUnpacker<kBits> unpack;
+  // Bytes of w from what is read to what is fetched: whole pairs of rows, for a row's successor is read along with it.
+  const int64_t ahead = kM == 1 ? RoundUp(kNear, kPair * weight.row_bytes) : kAhead;
 
   struct Masks {
     __mmask64 block[2];
@@ -187,10 +191,10 @@ struct DotTile {
     }
   }
 
-  // As far ahead of group `at` as codes are fetched. `size`: bytes of a scale.
+  // What group `at` has, kAhead bytes of codes on. `size`: bytes of a scale.
   JAXQ_INLINE void Prefetch(const void* base, int64_t at, int64_t size) const {
-    const int64_t ahead = (kAhead * 8 / kBits) >> __builtin_ctz(static_cast<unsigned>(weight.format.group_size));
-    _mm_prefetch(static_cast<const char*>(base) + (at + ahead) * size, _MM_HINT_T0);
+    const int64_t groups = (kAhead * 8 / kBits) >> __builtin_ctz(static_cast<unsigned>(weight.format.group_size));
+    _mm_prefetch(static_cast<const char*>(base) + (at + groups) * size, _MM_HINT_T0);
   }
 
   template <DType kDType>
@@ -227,7 +231,8 @@ struct DotTile {
     JAXQ_UNROLL
     for (int b = 0; b < kBlocks; ++b) {
       const uint8_t* at = w + b * Shape::kBlockBytes;
-      _mm_prefetch(reinterpret_cast<const char*>(at + kAhead), _MM_HINT_T1);
+      // What one row of x meets is not read again, and passes the second-level cache by.
+      _mm_prefetch(reinterpret_cast<const char*>(at + ahead), kM == 1 ? _MM_HINT_NTA : _MM_HINT_T1);
       packed[b] = unpack.Pairs(_mm512_maskz_loadu_epi8(bytes.block[b], at));
     }
     if constexpr (kBlocks == 2) DealLanes(packed);
@@ -243,12 +248,12 @@ struct DotTile {
     return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 8), parts[2]));
   }
 
-  // One step, whose first group is `group`. `lanes`: the group of each lane, from that one on.
-  JAXQ_INLINE void Step(int64_t step, int64_t group, Masks bytes, __m512i lanes, State* state) const {
-    __m512i packed[kRows][kBlocks], parts[kRows][kM][kDigits];
+  // One step of rows r0 .. r0+kPair, whose first group is `group`. `lanes`: the group of each lane, from that one on.
+  JAXQ_INLINE void Step(int r0, int64_t step, int64_t group, Masks bytes, __m512i lanes, State* state) const {
+    __m512i packed[kPair][kBlocks], parts[kPair][kM][kDigits];
     JAXQ_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      Load(state->w[r] + step * Shape::kBytes, bytes, packed[r]);
+    for (int r = 0; r < kPair; ++r) {
+      Load(state->w[r0 + r] + step * Shape::kBytes, bytes, packed[r]);
       JAXQ_UNROLL
       for (auto& row : parts[r])
         JAXQ_UNROLL
@@ -258,27 +263,28 @@ struct DotTile {
     const int64_t stride = state->x.steps * Shape::kDigitBytes;
     JAXQ_UNROLL
     for (int i = 0; i < kPlanes * kBlocks; ++i, digits += kDigits * 64) {
-      __m512i codes[kRows];
+      __m512i codes[kPair];
       JAXQ_UNROLL
-      for (int r = 0; r < kRows; ++r) codes[r] = unpack.template Plane<kE2m1>(packed[r][i % kBlocks], i / kBlocks);
+      for (int r = 0; r < kPair; ++r) codes[r] = unpack.template Plane<kE2m1>(packed[r][i % kBlocks], i / kBlocks);
       JAXQ_UNROLL
       for (int m = 0; m < kM; ++m) {
         JAXQ_UNROLL
         for (int d = 0; d < kDigits; ++d) {
           const __m512i digit = _mm512_loadu_si512(digits + m * stride + d * 64);
           JAXQ_UNROLL
-          for (int r = 0; r < kRows; ++r) parts[r][m][d] = DotBytes(parts[r][m][d], codes[r], digit);
+          for (int r = 0; r < kPair; ++r) parts[r][m][d] = DotBytes(parts[r][m][d], codes[r], digit);
         }
       }
     }
     const int64_t padded = state->x.padded_groups();
     JAXQ_UNROLL
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kPair; ++r) {
       JAXQ_UNROLL
       for (int m = 0; m < kM; ++m) {
-        const __m512 groups = _mm512_loadu_ps(scaled + (r * kM + m) * padded + group);
+        const __m512 groups = _mm512_loadu_ps(scaled + ((r0 + r) * kM + m) * padded + group);
         const __m512 scales = _mm512_permutexvar_ps(lanes, groups);
-        state->totals[r][m] = _mm512_fmadd_ps(Join(parts[r][m]), scales, state->totals[r][m]);
+        __m512* total = &state->totals[r0 + r][m];
+        *total = _mm512_fmadd_ps(Join(parts[r][m]), scales, *total);
       }
     }
   }
@@ -309,8 +315,12 @@ struct DotTile {
       for (int m = 0; m < kM; ++m) state.totals[r][m] = _mm512_setzero_ps();
     }
     TakeScales(n, count, &state);
-    for (int64_t step = 0; step < whole; ++step) Step(step, step * per_step, FirstOf(Shape::kBytes), lanes, &state);
-    if (rest) Step(whole, whole * per_step, FirstOf(rest / 8 * kBits), lanes, &state);
+    JAXQ_UNROLL
+    for (int r = 0; r < kRows; r += kPair) {
+      for (int64_t step = 0; step < whole; ++step)
+        Step(r, step, step * per_step, FirstOf(Shape::kBytes), lanes, &state);
+      if (rest) Step(r, whole, whole * per_step, FirstOf(rest / 8 * kBits), lanes, &state);
+    }
     JAXQ_UNROLL
     for (int m = 0; m < kM; ++m) {
       __m512 totals[4];
