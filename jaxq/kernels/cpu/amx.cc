@@ -22,6 +22,7 @@ namespace {
 }  // namespace jaxq::cpu::amx
 
 #include "amx_gemm-inl.h"
+#include "amx_parts-inl.h"
 #include "amx_plain-inl.h"
 
 namespace jaxq::cpu {
@@ -64,12 +65,15 @@ namespace {
 
 // Below, the kernels of avx512_bf16 and avx512_vnni were as fast or faster where the two were measured side by side.
 constexpr int64_t kLeastBf16Rows = 6, kLeastRows = 7, kLeastPlainRows = 16;
+constexpr int64_t kLeastPartsRows = 17;  // of bfloat16: below, amx_gemm-inl.h was as fast or faster
 
 Outcome Matmul(const MatmulArgs& args, const Parallel& parallel) {
   const int64_t least = args.x_dtype == DType::kBF16 ? kLeastBf16Rows : kLeastRows;
   if (args.M < (args.transpose ? least : kLeastPlainRows)) return Outcome::kDeclined;
   const Weight weight(args, args.N, args.K);
   if (!args.transpose) return MatmulPlain(args, weight, parallel);
+  if (args.x_dtype == DType::kBF16 && args.M >= kLeastPartsRows && WeightParts(args.format, args.scale_dtype) > 0)
+    return MatmulParts(args, weight, parallel);
   return args.format.affine() ? MatmulTiles<true>(args, weight, parallel) : MatmulTiles<false>(args, weight, parallel);
 }
 

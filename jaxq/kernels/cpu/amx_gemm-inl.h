@@ -1,18 +1,18 @@
 // transpose=True: 16 rows of w by 16 rows of x in a result tile, bare codes, one group of them at a time; the vector
 // units scale what a group leaves behind while the tile unit multiplies the next ones.
 //
-// Measured on an Emerald Rapids, in cycles: a product of two tiles takes 16, loading a tile out of the first-level cache 8
-// to 10, out of the second one 20, storing one 16 to 18, or 62 if its lines are not in the first level, and what the vector
-// units load passes the same ports. (On some of its cores, for minutes, a product takes 60 to 80.) So as little is loaded as
-// can be, from as near as can be:
-//   - a strip of a few blocks of 16 rows of w by a short block of K is unpacked into the first-level cache and multiplied
-//     by all of x, whose tiles come from the second level once for the strip;
+// Measured on an Emerald Rapids, in cycles: a product of two tiles takes 16, loading a tile out of the first-level cache
+// 8 to 10, out of the second one 20, storing one 16 to 18, or 62 if its lines are not in the first level, and what the
+// vector units load passes the same ports. (On some of its cores, for minutes, a product takes 60 to 80.) So as little
+// is loaded as can be, from as near as can be:
+//   - a strip of a few blocks of 16 rows of w by a short block of K is unpacked into the first-level cache and
+//     multiplied by all of x, whose tiles come from the second level once for the strip;
 //   - two blocks of w are multiplied together, which loads a tile of x once for both;
 //   - sums stay in registers over a block of K;
 //   - products go through memory, a few KiB: they are stored when the next group has been begun, since that is how long
 //     they take, and scaled while the next two blocks are multiplied, so that nothing waits for anything.
-// The other way, to multiply by dequantized weights in 2 or 3 bfloat16 parts, whose sums stay in tiles for all of K, was as
-// fast for 64 rows of bfloat16, but needs twice as many products: 1.3 times as long for 16 rows, 1.7 to 2.2 for float32.
+// amx_parts-inl.h has the other way, with twice as many products and no other work between them: .7 to .85 of this one's
+// time for 32 rows of bfloat16 and more, but more below, and 1.5 times as much with float32 and its three parts.
 
 #ifndef JAXQ_KERNELS_CPU_AMX_GEMM_INL_H_
 #define JAXQ_KERNELS_CPU_AMX_GEMM_INL_H_
@@ -271,22 +271,12 @@ JAXQ_INLINE int64_t TaskBlocks(int64_t N, int slots) {
   return fair < kMaxStrip ? Most(1, fair) : Least(kTaskBlocks, fair / kMaxStrip * kMaxStrip);
 }
 
-void PackPass(const MatmulArgs& args, const StepSplitter& splitter, const Parallel& parallel, int64_t m0,
-              const PackedX& x) {
-  const int64_t together = Most(1, 1024 / args.format.group_size), chunks = Ceil(x.groups, together);
-  parallel.For(x.blocks() * chunks, [&](int64_t task, int) {
-    const int64_t block = task / chunks, first = task % chunks * together;
-    for (int64_t group = first; group < Least(x.groups, first + together); ++group)
-      PackGroup(args, splitter, m0 + block * kSide, block, group, x);
-  });
-}
-
 template <bool kAffine>
 Outcome MatmulTiles(const MatmulArgs& args, const Weight& weight, const Parallel& parallel) {
   const StepUnpacker unpacker(args.format);
   const int64_t depth = DepthOf(args.format), blocks = TaskBlocks(args.N, parallel.slots());
   const StepSplitter splitter(args.x_dtype, unpacker, depth);
-  PackedX x = {0, args.K / depth, weight.groups, PartsOf(args.x_dtype), nullptr, nullptr};
+  PackedX x = {0, args.K / depth, weight.groups, PartsOf(args.x_dtype), 1, nullptr, nullptr};
   const int64_t block_tiles = x.steps * x.parts * kHalves, block_sums = weight.groups * kSide;
   // The rows of x are dealt out evenly to as few passes as can be.
   const int64_t passes = Ceil(Ceil(args.M, kSide), Most(1, kPassBytes / (2 * block_tiles)));

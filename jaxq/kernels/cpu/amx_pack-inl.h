@@ -1,9 +1,9 @@
-// The two operands of amx_gemm-inl.h's products, a step of up to 32 codes at a time.
+// The two operands of amx_gemm-inl.h's products, a step of up to 32 codes at a time. (amx_parts-inl.h has another A.)
 //
 //   A, the weight: 16 rows of codes as bfloat16, less the middle of their range: exact, and small enough that bias and
 //   code do not cancel. Scales wait until a group has been summed in float32.
-//   B, the rows of x, 16 columns to a tile, [pair of codes][column][2]: as many bfloat16 parts as hold every bit of them: 1 of bfloat16, 2 of
-//   float16, 3 of float32. Each part cuts off 8 bits, so what is left after each is exact.
+//   B, the rows of x, 16 columns to a tile, [pair of codes][column][2]: as many bfloat16 parts as hold every bit of them:
+//   1 of bfloat16, 2 of float16, 3 of float32. Each part cuts off 8 bits, so what is left after each is exact.
 //
 // So every product is exact, and only the sums are rounded, to float32. (The tile unit takes subnormal numbers for
 // zeros: x below 2**-126, or the parts of x below 2**-110.)
@@ -24,10 +24,14 @@ constexpr int64_t kHalves = 512;      // bfloat16 in a tile
 constexpr int64_t kFloats = 256;      // floats in a tile
 constexpr int64_t kAheadBytes = 128;  // of a row of w, that are fetched ahead
 
+JAXQ_INLINE __m512 Cut(__m512 v) {  // what bfloat16 holds of it
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(-65536)));
+}
+
 JAXQ_INLINE int64_t PartsOf(DType dtype) { return dtype == DType::kF32 ? 3 : dtype == DType::kF16 ? 2 : 1; }
 JAXQ_INLINE int64_t DepthOf(const Format& format) { return Least(kStep, format.group_size); }
 
-// The codes of one step out of a row of w.
+// The codes of one step out of a row of w, as bfloat16.
 class StepUnpacker {
  public:
   explicit StepUnpacker(const Format& format)
@@ -35,71 +39,79 @@ class StepUnpacker {
         bytes_(DepthOf(format) / 8 * format.bits),
         there_(static_cast<__mmask32>(FirstBytes(bytes_))),
         nibbles_(format.bits == 4 && DepthOf(format) == kStep) {
-    alignas(64) uint16_t shifts[32], low[32], high[32];
+    alignas(64) uint16_t shifts[32], low[32], high[32], upper[32];
     alignas(64) uint8_t spread[64];
-    const int centre = format.affine() ? 1 << (format.bits - 1) : 0;
     for (int i = 0; i < 32; ++i) {
       const int bit = i * format.bits;
       // Nibbles: 4 copies of 16 bytes; halfword i of copy c gives nibble c. Other widths: the 2 bytes of every code.
       shifts[i] = static_cast<uint16_t>(nibbles_ ? i / 8 * 4 : bit % 8);
       spread[2 * i] = static_cast<uint8_t>(bit / 8), spread[2 * i + 1] = static_cast<uint8_t>(bit / 8 + 1);
-      low[i] = TableEntry(i, centre), high[i] = TableEntry(i + 32, centre);
+      // At most 8 bits, so cutting is exact.
+      low[i] = static_cast<uint16_t>(BitsOfFloat(Value(i)) >> 16);
+      high[i] = static_cast<uint16_t>(BitsOfFloat(Value(i + 32)) >> 16);
+      upper[i] = static_cast<uint16_t>(2 * i + 1);
     }
-    shifts_ = _mm512_load_si512(shifts), spread_ = _mm512_load_si512(spread);
+    shifts_ = _mm512_load_si512(shifts), spread_ = _mm512_load_si512(spread), upper_ = _mm512_load_si512(upper);
     low_ = _mm512_load_si512(low), high_ = _mm512_load_si512(high);
-    alignas(64) uint16_t upper[32];
-    for (int i = 0; i < 32; ++i) upper[i] = static_cast<uint16_t>(2 * i + 1);
-    upper_ = _mm512_load_si512(upper);
   }
 
-  int64_t step_bytes() const { return bytes_; }
+  // The value of a code (twice that of E2M1, see simd-inl.h), less the centre, whatever stands in the bits above it.
+  float Value(int code) const {
+    const uint32_t low = static_cast<uint32_t>(code) & ((1u << format_.bits) - 1u);
+    return format_.affine() ? static_cast<float>(low) - centre() : static_cast<float>(kTwiceE2m1[low & 15u]);
+  }
 
   // What is subtracted from the codes.
   float centre() const { return format_.affine() ? static_cast<float>(1 << (format_.bits - 1)) : 0.0f; }
+  int64_t step_bytes() const { return bytes_; }
+  bool nibbles() const { return nibbles_; }
 
   // Which code of a step stands at place i.
   int Order(int i) const { return nibbles_ ? i % 8 * 4 + i / 8 : i; }
 
+  // Calls `use` with what makes values of the bytes of a step.
+  template <typename Use>
+  JAXQ_INLINE void With(Use&& use) const {
+    const StepUnpacker u = *this;  // in registers: stores might be to *this, as far as the compiler knows
+    if (u.format_.mode == Mode::kMxfp8) return use([&](const uint8_t* p) { return u.E4m3(p); });
+    if (u.nibbles_) return use([&](const uint8_t* p) { return u.LookUp(Nibbles(p, u.shifts_)); });
+    if (u.format_.bits < 6) return use([&](const uint8_t* p) { return u.LookUp(u.Fields(p)); });
+    if (u.format_.bits == 6) return use([&](const uint8_t* p) { return u.SixBits(p); });
+    use([&](const uint8_t* p) { return u.Bytes(p); });
+  }
+
   // `steps` steps from `src` on into as many tiles. 16 rows, of which `rows` exist; the others repeat the last. Fetches
   // what follows in each row: a few bytes of every row at a time are nothing that the CPU foresees.
   void Tiles(const uint8_t* src, int64_t row_bytes, int64_t rows, int64_t steps, uint16_t* out) const {
-    const StepUnpacker u = *this;  // in registers: stores to `out` might be to *this, as far as the compiler knows
-    const auto all = [&](auto&& step) __attribute__((always_inline)) {
+    const int64_t bytes = bytes_;
+    With([&](auto&& values) __attribute__((always_inline)) {
       for (int64_t r = 0; r < kSide; ++r, out += 32) {
         const uint8_t* from = src;
         uint16_t* to = out;
-        for (int64_t i = 0; i < steps; ++i, from += u.bytes_, to += kHalves) _mm512_store_si512(to, step(from));
+        for (int64_t i = 0; i < steps; ++i, from += bytes, to += kHalves) _mm512_store_si512(to, values(from));
         _mm_prefetch(reinterpret_cast<const char*>(src + kAheadBytes), _MM_HINT_T0);
         if (r + 1 < rows) src += row_bytes;
       }
-    };
-    if (u.format_.mode == Mode::kMxfp8) return all([&](auto* p) { return u.E4m3(p); });
-    if (u.nibbles_) return all([&](auto* p) { return u.Nibbles(p); });
-    if (u.format_.bits < 6) return all([&](auto* p) { return u.Narrow(p); });
-    if (u.format_.bits == 6) return all([&](auto* p) { return u.SixBits(p); });
-    all([&](auto* p) { return u.Bytes(p); });
+    });
   }
+
+  // The nibbles of a step in the low bits of 16, below others.
+  JAXQ_INLINE static __m512i Nibbles(const uint8_t* src, __m512i shifts) {
+    const __m512i copies = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src)));
+    return _mm512_srlv_epi16(copies, shifts);
+  }
+  __m512i shifts() const { return shifts_; }
 
  private:
-  // The value of a code (twice that of E2M1, see simd-inl.h), whatever stands in the bits above it, as bfloat16: at
-  // most 8 bits, so cutting is exact.
-  uint16_t TableEntry(int code, int centre) const {
-    const uint32_t low = static_cast<uint32_t>(code) & ((1u << format_.bits) - 1u);
-    const float value = format_.affine() ? static_cast<float>(static_cast<int>(low) - centre)
-                                         : static_cast<float>(kTwiceE2m1[low & 15u]);
-    return static_cast<uint16_t>(BitsOfFloat(value) >> 16);
-  }
-
-  JAXQ_INLINE __m512i Nibbles(const uint8_t* src) const {
-    const __m512i copies = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src)));
-    return _mm512_permutexvar_epi16(_mm512_srlv_epi16(copies, shifts_), low_);  // takes the low 5 bits of each
-  }
   JAXQ_INLINE __m256i CodeBytes(const uint8_t* src) const { return _mm256_maskz_loadu_epi8(there_, src); }
+  JAXQ_INLINE __m512i LookUp(__m512i fields) const {
+    return _mm512_permutexvar_epi16(fields, low_);  // takes the low 5 bits of each
+  }
+  // As Nibbles, of other widths up to 6.
   JAXQ_INLINE __m512i Fields(const uint8_t* src) const {
     const __m512i bytes = _mm512_castsi256_si512(CodeBytes(src));
     return _mm512_srlv_epi16(_mm512_permutexvar_epi8(spread_, bytes), shifts_);
   }
-  JAXQ_INLINE __m512i Narrow(const uint8_t* src) const { return _mm512_permutexvar_epi16(Fields(src), low_); }
   JAXQ_INLINE __m512i SixBits(const uint8_t* src) const {
     return _mm512_permutex2var_epi16(low_, Fields(src), high_);  // takes the low 6 bits of each
   }
@@ -132,15 +144,19 @@ class StepUnpacker {
   __m512i shifts_, spread_, low_, high_, upper_;
 };
 
-// Rows of x as B tiles [block of 16 rows][step][part][512], and their sums over groups [block of 16 rows][group][16].
+// Rows of x as B tiles, [chunk of blocks of 16 rows][step][block][part][512], and their sums over groups,
+// [block][group][16].
 struct PackedX {
   int64_t rows, steps, groups, parts;
+  int64_t chunk;  // blocks in a chunk; the last one may have fewer
   uint16_t* tiles;
   float* sums;
 
   JAXQ_INLINE int64_t blocks() const { return Ceil(rows, kSide); }
+  JAXQ_INLINE int64_t InChunk(int64_t first) const { return Least(chunk, blocks() - first); }
   JAXQ_INLINE uint16_t* Tile(int64_t block, int64_t step) const {
-    return tiles + (block * steps + step) * parts * kHalves;
+    const int64_t at = block % chunk, first = block - at;
+    return tiles + (first * steps + step * InChunk(first) + at) * parts * kHalves;
   }
   JAXQ_INLINE float* Sums(int64_t block, int64_t group) const { return sums + (block * groups + group) * kSide; }
 };
@@ -178,10 +194,6 @@ class StepSplitter {
   }
 
  private:
-  JAXQ_INLINE static __m512 Cut(__m512 v) {
-    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(-65536)));
-  }
-
   DType dtype_;
   int64_t depth_;
   __mmask16 there_;
@@ -212,6 +224,17 @@ void PackGroup(const MatmulArgs& args, const StepSplitter& splitter, int64_t m, 
   }
   float* sums = out.Sums(block, group);
   for (int64_t r = 0; r < kSide; ++r) sums[r] = _mm512_reduce_add_ps(lanes[r]);
+}
+
+// All of x, from row m0 of args.x on.
+void PackPass(const MatmulArgs& args, const StepSplitter& splitter, const Parallel& parallel, int64_t m0,
+              const PackedX& x) {
+  const int64_t together = Most(1, 1024 / args.format.group_size), chunks = Ceil(x.groups, together);
+  parallel.For(x.blocks() * chunks, [&](int64_t task, int) {
+    const int64_t block = task / chunks, first = task % chunks * together;
+    for (int64_t group = first; group < Least(x.groups, first + together); ++group)
+      PackGroup(args, splitter, m0 + block * kSide, block, group, x);
+  });
 }
 
 // Scales and biases of 16 rows and up to kScaleGroups groups, [group][row]. The codes' centre goes into the biases.
@@ -245,11 +268,15 @@ void WriteTile(const MatmulArgs& args, int64_t m, int64_t rows, int64_t n, const
   __m512 columns[kSide];
   for (int64_t i = 0; i < kSide; ++i) columns[i] = _mm512_load_ps(sums + kSide * i);
   Transpose(columns);
-  const int64_t count = Least(kSide, args.N - n);
+  const int64_t count = Least(kSide, args.N - n), at = m * args.N + n;
+  if (args.x_dtype == DType::kBF16 && count == kSide) {
+    for (int64_t r = 0; r < rows; ++r) StoreBf16(static_cast<uint16_t*>(args.y) + at + r * args.N, columns[r]);
+    return;
+  }
   for (int64_t r = 0; r < rows; ++r) {
     alignas(64) float out[kSide];
     _mm512_store_ps(out, columns[r]);
-    FromFloats(args.x_dtype, out, count, args.y, (m + r) * args.N + n);
+    FromFloats(args.x_dtype, out, count, args.y, at + r * args.N);
   }
 }
 

@@ -38,10 +38,6 @@ struct PlainX {
   }
 };
 
-JAXQ_INLINE __m512 CutHalf(__m512 v) {
-  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(-65536)));
-}
-
 // 16 rows of one step.
 void PackPlain(const MatmulArgs& args, int64_t m, int64_t rows, int64_t step, const PlainX& x, uint16_t* tile) {
   const int64_t first = step * kStep, count = Least(kStep, args.N - first);
@@ -55,7 +51,7 @@ void PackPlain(const MatmulArgs& args, int64_t m, int64_t rows, int64_t step, co
     for (int64_t part = 0; part < x.parts; ++part) {
       const __m512i halves = _mm512_permutex2var_epi16(_mm512_castps_si512(a), index, _mm512_castps_si512(b));
       _mm512_store_si512(tile + part * 2 * kHalves + 32 * r, halves);
-      a = _mm512_sub_ps(a, CutHalf(a)), b = _mm512_sub_ps(b, CutHalf(b));
+      a = _mm512_sub_ps(a, Cut(a)), b = _mm512_sub_ps(b, Cut(b));
     }
   }
 }
@@ -137,7 +133,7 @@ class TableDequantizer {
         tables[part] = _mm512_permutex2var_epi16(low, upper_, high);
       else
         tables[part] = _mm512_permutexvar_epi16(upper_, low);
-      v[0] = _mm512_sub_ps(v[0], CutHalf(v[0])), v[1] = _mm512_sub_ps(v[1], CutHalf(v[1]));
+      v[0] = _mm512_sub_ps(v[0], Cut(v[0])), v[1] = _mm512_sub_ps(v[1], Cut(v[1]));
     }
   }
 
@@ -232,7 +228,7 @@ class PlainProduct {
                    Set1(s_->biases[row][group]));
       }
       for (int64_t part = 0; part < w_parts_; ++part) {
-        const __m512 high[2] = {CutHalf(v[0]), CutHalf(v[1])};
+        const __m512 high[2] = {Cut(v[0]), Cut(v[1])};
         const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(v[0]), 16);
         _mm512_store_si512(s_->panel[step][part][block] + 32 * r, _mm512_or_si512(low, _mm512_castps_si512(high[1])));
         for (int i = 0; i < 2; ++i) v[i] = _mm512_sub_ps(v[i], high[i]);
