@@ -125,6 +125,10 @@ struct AttentionArgs {
   JAXQ_INLINE int64_t repeat() const { return heads / kv_heads; }
 };
 
+// detect.cc: whether memory that was fetched past the caches (prefetchnta) is yet found in the last-level cache the next
+// time. Intel's servers leave it out there, and a weight that fits would come from memory every time.
+bool PassingFillsLastLevel();
+
 // One instruction set. `missing` returns null where this CPU (and its operating system) can run it, else what it
 // lacks, for people to read. A null kernel declines everything.
 struct Isa {

@@ -21,9 +21,9 @@ namespace jaxq::cpu {
 namespace JAXQ_ISA {
 namespace {
 
-constexpr int kVnniRows = 4;     // of w whose scales are taken at a time
-constexpr int kVnniPair = 2;     // of those, read at a time: four are too many streams for the hardware to foresee
-constexpr int64_t kNear = 8192;  // bytes of w from what is read to what is fetched, where it is read once
+constexpr int kVnniRows = 4;     // of w at a time
+constexpr int kVnniPair = 2;     // of those, read at a time where they pass a cache: four are too many streams there
+constexpr int64_t kNear = 8192;  // bytes of w from what is read to what is fetched past a cache
 constexpr int64_t kChunk = 16;   // groups whose scales are in a register
 constexpr int64_t kPage = 4096;
 
@@ -144,18 +144,20 @@ struct DotUnpacker {
   }
 };
 
-// kRows rows of w, kPair at a time, by kM rows of x.
+// kRows rows of w by kM rows of x.
 template <typename Shape, bool kE2m1, int kM>
 struct DotTile {
   static constexpr int kBits = Shape::kBits, kPlanes = Shape::kPlanes, kBlocks = Shape::kBlocks;
-  static constexpr int kDigits = Shape::kDigits, kRows = kM == 1 ? kVnniRows : kVnniRows / 2, kPair = kVnniPair;
+  static constexpr int kDigits = Shape::kDigits, kRows = kM == 1 ? kVnniRows : kVnniRows / 2;
 
   const MatmulArgs& args;
   const Weight& weight;
   float* const scaled;  // scratch: [kRows][kM][padded groups]
   const DotUnpacker<kBits> unpack;
+  // Whether what is fetched passes the second-level cache by: what one row of x meets is not read again.
+  const bool passes = kM == 1 && PassingFillsLastLevel();
   // Bytes of w from what is read to what is fetched: whole pairs of rows, for a row's successor is read along with it.
-  const int64_t ahead = kM == 1 ? RoundUp(kNear, kPair * weight.row_bytes) : kAhead;
+  const int64_t ahead = passes ? RoundUp(kNear, kVnniPair * weight.row_bytes) : kAhead;
 
   struct Masks {
     __mmask64 block[2];
@@ -227,12 +229,12 @@ struct DotTile {
   }
 
   // The packed bytes of one row of w in a step.
+  template <bool kPasses>
   JAXQ_INLINE void Load(const uint8_t* w, Masks bytes, __m512i* packed) const {
     JAXQ_UNROLL
     for (int b = 0; b < kBlocks; ++b) {
       const uint8_t* at = w + b * Shape::kBlockBytes;
-      // What one row of x meets is not read again, and passes the second-level cache by.
-      _mm_prefetch(reinterpret_cast<const char*>(at + ahead), kM == 1 ? _MM_HINT_NTA : _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(at + ahead), kPasses ? _MM_HINT_NTA : _MM_HINT_T1);
       packed[b] = unpack.Pairs(_mm512_maskz_loadu_epi8(bytes.block[b], at));
     }
     if constexpr (kBlocks == 2) DealLanes(packed);
@@ -249,11 +251,12 @@ struct DotTile {
   }
 
   // One step of rows r0 .. r0+kPair, whose first group is `group`. `lanes`: the group of each lane, from that one on.
+  template <int kPair, bool kPasses>
   JAXQ_INLINE void Step(int r0, int64_t step, int64_t group, Masks bytes, __m512i lanes, State* state) const {
     __m512i packed[kPair][kBlocks], parts[kPair][kM][kDigits];
     JAXQ_UNROLL
     for (int r = 0; r < kPair; ++r) {
-      Load(state->w[r0 + r] + step * Shape::kBytes, bytes, packed[r]);
+      Load<kPasses>(state->w[r0 + r] + step * Shape::kBytes, bytes, packed[r]);
       JAXQ_UNROLL
       for (auto& row : parts[r])
         JAXQ_UNROLL
@@ -301,11 +304,22 @@ struct DotTile {
     return _mm512_srl_epi32(first, _mm_cvtsi32_si128(__builtin_ctz(static_cast<unsigned>(g))));
   }
 
-  // Rows n .. n+count of w, kRows at most.
-  JAXQ_INLINE void Rows(int64_t n, int64_t count, const DotX& x, int64_t m0) const {
+  // All of K, kPair rows at a time.
+  template <int kPair, bool kPasses>
+  JAXQ_INLINE void Steps(State* state) const {
     const int64_t g = weight.format.group_size, per_step = Shape::kCodes / g;
     const __m512i lanes = LaneGroups(g);
     const int64_t whole = args.K / Shape::kCodes, rest = args.K % Shape::kCodes;
+    JAXQ_UNROLL
+    for (int r = 0; r < kRows; r += kPair) {
+      for (int64_t step = 0; step < whole; ++step)
+        Step<kPair, kPasses>(r, step, step * per_step, FirstOf(Shape::kBytes), lanes, state);
+      if (rest) Step<kPair, kPasses>(r, whole, whole * per_step, FirstOf(rest / 8 * kBits), lanes, state);
+    }
+  }
+
+  // Rows n .. n+count of w, kRows at most.
+  JAXQ_INLINE void Rows(int64_t n, int64_t count, const DotX& x, int64_t m0) const {
     State state;
     state.x = x.From<Shape>(m0);
     JAXQ_UNROLL
@@ -315,12 +329,7 @@ struct DotTile {
       for (int m = 0; m < kM; ++m) state.totals[r][m] = _mm512_setzero_ps();
     }
     TakeScales(n, count, &state);
-    JAXQ_UNROLL
-    for (int r = 0; r < kRows; r += kPair) {
-      for (int64_t step = 0; step < whole; ++step)
-        Step(r, step, step * per_step, FirstOf(Shape::kBytes), lanes, &state);
-      if (rest) Step(r, whole, whole * per_step, FirstOf(rest / 8 * kBits), lanes, &state);
-    }
+    kM == 1 && passes ? Steps<kVnniPair, kM == 1>(&state) : Steps<kRows, false>(&state);
     JAXQ_UNROLL
     for (int m = 0; m < kM; ++m) {
       __m512 totals[4];
