@@ -5,6 +5,8 @@
 // sums become one float, which is scaled by the weight's scale times the digits' unit.
 //
 // A panel is made of quads, four codes of a row: byte b of quad p of a word is code b*P+p, P = 8/bits, and so is x's.
+// Affine codes of 2 and 4 bits stay packed in a panel, and a word is cut into its P quads at each use: that costs less
+// than to store and load them, for the units that do it have nothing else to do among so many dot products.
 
 #ifndef JAXQ_KERNELS_CPU_VNNI_GEMM_INL_H_
 #define JAXQ_KERNELS_CPU_VNNI_GEMM_INL_H_
@@ -16,28 +18,27 @@ namespace jaxq::cpu {
 namespace JAXQ_ISA {
 namespace {
 
-// Quads, 4 codes or digits each: [K/4][height][digits] of x, [depth/4][kPanelRows] of a panel.
-template <int kDigits>
+// Quads, 4 codes or digits each: [K/4][height][digits] of x, and kPlanes in each word [depth/4/kPlanes][kPanelRows] of a
+// panel.
+template <int kDigits, int kPlanes>
 class QuadArithmetic {
  public:
   static constexpr int kTile = kDigits == 3 ? 4 : 6;  // 24 vectors of sums, of 2 for each digit of a row
-  static constexpr int64_t kBytes = kDigits, kDepth = 512, kPanelBytes = kDepth * kPanelRows;
+  static constexpr int64_t kBytes = kDigits, kDepth = 512, kPanelBytes = kDepth * kPanelRows / kPlanes;
 
   explicit QuadArithmetic(const Format& format) : format_(format), unpack_(format.bits) {}
 
   float centre() const { return format_.affine() ? 0.0f : -12.0f; }
 
   void Fill(const Weight& weight, int64_t n, int64_t first, int64_t depth, uint8_t* codes) const {
-    if (!format_.affine()) return FillQuads<4, false, true>(weight, n, first, depth, codes);
-    switch (format_.bits) {
-      case 2:
-        return FillQuads<2, false, false>(weight, n, first, depth, codes);
-      case 4:
-        return FillQuads<4, false, false>(weight, n, first, depth, codes);
-      case 8:
-        return FillQuads<8, false, false>(weight, n, first, depth, codes);
-      default:
-        return FillQuads<8, true, false>(weight, n, first, depth, codes);
+    if constexpr (kPlanes > 1) {
+      FillWords<8 / kPlanes, false>(weight, n, first, depth, codes);
+    } else if (!format_.affine()) {
+      FillShifted(weight, n, first, depth, codes);
+    } else if (format_.bits == 8) {
+      FillWords<8, false>(weight, n, first, depth, codes);
+    } else {
+      FillWords<8, true>(weight, n, first, depth, codes);
     }
   }
 
@@ -75,15 +76,19 @@ class QuadArithmetic {
         JAXQ_UNROLL
         for (__m512i& sum : digit) sum = _mm512_setzero_si512();
     const int32_t* word = x.words;
-    for (int64_t q = 0; q < g / 4; ++q, codes += kPanelRows * 4, word += kDigits * kM) {
+    for (int64_t k = 0; k < g; k += 4 * kPlanes, codes += kPanelRows * 4) {
       const __m512i left = _mm512_loadu_si512(codes), right = _mm512_loadu_si512(codes + 64);
       JAXQ_UNROLL
-      for (int m = 0; m < kM; ++m) {
+      for (int p = 0; p < kPlanes; ++p, word += kDigits * kM) {
+        const __m512i quads[2] = {Plane(left, p), Plane(right, p)};
         JAXQ_UNROLL
-        for (int d = 0; d < kDigits; ++d) {
-          const __m512i digit = _mm512_set1_epi32(word[kDigits * m + d]);
-          acc[m][d][0] = DotBytes(acc[m][d][0], left, digit);
-          acc[m][d][1] = DotBytes(acc[m][d][1], right, digit);
+        for (int m = 0; m < kM; ++m) {
+          JAXQ_UNROLL
+          for (int d = 0; d < kDigits; ++d) {
+            const __m512i digit = _mm512_set1_epi32(word[kDigits * m + d]);
+            acc[m][d][0] = DotBytes(acc[m][d][0], quads[0], digit);
+            acc[m][d][1] = DotBytes(acc[m][d][1], quads[1], digit);
+          }
         }
       }
     }
@@ -108,19 +113,31 @@ class QuadArithmetic {
   }
 
  private:
-  template <int kWidth, bool kSpread, bool kE2m1>
-  void FillQuads(const Weight& weight, int64_t n, int64_t first, int64_t depth, uint8_t* out) const {
+  // Plane p of words: a quad of each.
+  JAXQ_INLINE static __m512i Plane(__m512i words, int p) {
+    if constexpr (kPlanes == 1) return words;
+    constexpr int kWidth = 8 / kPlanes;
     const __m512i mask = _mm512_set1_epi8(static_cast<char>((1 << kWidth) - 1));
+    return _mm512_and_si512(p ? _mm512_srli_epi16(words, p * kWidth) : words, mask);
+  }
+
+  template <int kWidth, bool kSpread>
+  void FillWords(const Weight& weight, int64_t n, int64_t first, int64_t depth, uint8_t* out) const {
     ForWords<kWidth, kSpread>(weight, unpack_, n, first, depth,
                               [&](int64_t k, int64_t r, __m512i words) __attribute__((always_inline)) {
-                                uint8_t* at = out + k * kPanelRows + r * 4;
-                                JAXQ_UNROLL
-                                for (int p = 0; p < 8 / kWidth; ++p, at += kPanelRows * 4) {
-                                  __m512i quads = p ? _mm512_srli_epi16(words, p * kWidth) : words;
-                                  if constexpr (kWidth != 8) quads = _mm512_and_si512(quads, mask);
-                                  _mm512_storeu_si512(at, kE2m1 ? ShiftedE2m1(quads) : quads);
-                                }
+                                _mm512_storeu_si512(out + k / kPlanes * kPanelRows + r * 4, words);
                               });
+  }
+
+  void FillShifted(const Weight& weight, int64_t n, int64_t first, int64_t depth, uint8_t* out) const {
+    const __m512i mask = _mm512_set1_epi8(15);
+    ForWords<4, false>(weight, unpack_, n, first, depth,
+                       [&](int64_t k, int64_t r, __m512i words) __attribute__((always_inline)) {
+                         uint8_t* at = out + k * kPanelRows + r * 4;
+                         _mm512_storeu_si512(at, ShiftedE2m1(_mm512_and_si512(words, mask)));
+                         const __m512i upper = _mm512_and_si512(_mm512_srli_epi16(words, 4), mask);
+                         _mm512_storeu_si512(at + kPanelRows * 4, ShiftedE2m1(upper));
+                       });
   }
 
   // 16 digits into the order of the quads of 16 codes.
@@ -138,10 +155,19 @@ class QuadArithmetic {
   const Unpacker unpack_;
 };
 
+template <int kPlanes>
+Outcome QuadProduct(const MatmulArgs& args, const Weight& weight, const Parallel& parallel) {
+  const bool two = DigitsFor(args.x_dtype, args.K) == 2;
+  if (two) return PanelProduct<QuadArithmetic<2, kPlanes>>(args, weight, parallel).Run();
+  return PanelProduct<QuadArithmetic<3, kPlanes>>(args, weight, parallel).Run();
+}
+
 Outcome MatmulVnniPanels(const MatmulArgs& args, const Weight& weight, const Parallel& parallel) {
   if (!args.transpose || args.M <= FewRows(args.format) || args.format.mode == Mode::kMxfp8) return Outcome::kDeclined;
-  if (DigitsFor(args.x_dtype, args.K) == 2) return PanelProduct<QuadArithmetic<2>>(args, weight, parallel).Run();
-  return PanelProduct<QuadArithmetic<3>>(args, weight, parallel).Run();
+  const int bits = args.format.affine() ? args.format.bits : 0;
+  if (bits == 2) return QuadProduct<4>(args, weight, parallel);
+  if (bits == 4) return QuadProduct<2>(args, weight, parallel);
+  return QuadProduct<1>(args, weight, parallel);
 }
 
 }  // namespace
