@@ -89,19 +89,19 @@ struct PanelScales {
 };
 
 // Those of rows n .. n+count, groups first .. first+groups. `centre` is what a panel subtracts from every code: it goes
-// into the biases.
-template <int64_t kRows>
-void FillScales(const Weight& weight, int64_t n, int64_t count, int64_t first, int64_t groups, float centre,
-                PanelScales<kRows>* out) {
+// into the biases. load gives 16 scales and biases.
+template <int64_t kRows, typename Load>
+JAXQ_INLINE void TransposeScales(const Weight& weight, int64_t n, int64_t count, int64_t first, int64_t groups,
+                                 float centre, PanelScales<kRows>* out, Load&& load) {
   for (int64_t r0 = 0; r0 < count; r0 += 16) {
     for (int64_t j0 = 0; j0 < groups; j0 += 16) {
       const int64_t wide = Least(16, groups - j0);
       const __mmask16 mask = FirstLanes(wide);
       F scales[16], biases[16];
+      JAXQ_UNROLL
       for (int64_t r = 0; r < 16; ++r) {
         const int64_t at = (n + Least(r0 + r, count - 1)) * weight.groups + first + j0;
-        scales[r] = LoadScales(weight, at, mask);
-        biases[r] = weight.format.affine() ? LoadSome(weight.scale_dtype, weight.biases, at, mask) : Zero();
+        load(at, mask, &scales[r], &biases[r]);
         biases[r] = Fma(scales[r], Set1(centre), biases[r]);
       }
       Transpose(scales);
@@ -111,6 +111,27 @@ void FillScales(const Weight& weight, int64_t n, int64_t count, int64_t first, i
         Store(out->biases[j0 + j] + r0, biases[j]);
       }
     }
+  }
+}
+
+// What the scales are is asked once for all rows.
+template <int64_t kRows>
+void FillScales(const Weight& weight, int64_t n, int64_t count, int64_t first, int64_t groups, float centre,
+                PanelScales<kRows>* out) {
+  const auto transpose = [&](auto&& load) __attribute__((always_inline)) {
+    TransposeScales(weight, n, count, first, groups, centre, out, load);
+  };
+  if (weight.format.affine()) {
+    WithDType(weight.scale_dtype, [&](auto dtype) {
+      constexpr DType kDType = decltype(dtype)::value;
+      transpose([&](int64_t at, __mmask16 mask, F* scales, F* biases) __attribute__((always_inline)) {
+        *scales = LoadSome(kDType, weight.scales, at, mask), *biases = LoadSome(kDType, weight.biases, at, mask);
+      });
+    });
+  } else {
+    transpose([&](int64_t at, __mmask16 mask, F* scales, F* biases) __attribute__((always_inline)) {
+      *scales = LoadScales(weight, at, mask), *biases = Zero();
+    });
   }
 }
 

@@ -27,11 +27,6 @@ constexpr int64_t kNear = 8192;  // bytes of w from what is read to what is fetc
 constexpr int64_t kChunk = 16;   // groups whose scales are in a register
 constexpr int64_t kPage = 4096;
 
-template <DType kDType>
-struct DTypeConstant {
-  static constexpr DType value = kDType;
-};
-
 // Two blocks' lanes: the even ones of both, and the odd ones. What shares a lane number then is of one group, where a
 // group has two lanes or more.
 JAXQ_INLINE void DealLanes(__m512i* blocks) {
@@ -207,24 +202,19 @@ struct DotTile {
 
   // What the scales are is asked once for all rows.
   JAXQ_INLINE void TakeScales(int64_t n, int64_t count, State* state) const {
-    const auto of_dtype = [&](auto dtype) {
-      TakeScales(n, count, state, [&](int64_t at, __mmask16 mask, F* scales, F* biases) __attribute__((always_inline)) {
-        *scales = LoadAhead<decltype(dtype)::value>(weight.scales, at, mask);
-        *biases = LoadAhead<decltype(dtype)::value>(weight.biases, at, mask);
-      });
-    };
     if constexpr (kE2m1) {
       TakeScales(n, count, state, [&](int64_t at, __mmask16 mask, F* scales, F* biases) __attribute__((always_inline)) {
         Prefetch(weight.scales, at, 1);
         *scales = LoadScales(weight, at, mask);
         *biases = _mm512_mul_ps(*scales, _mm512_set1_ps(-12.0f));  // scales are halved already
       });
-    } else if (weight.scale_dtype == DType::kBF16) {
-      of_dtype(DTypeConstant<DType::kBF16>{});
-    } else if (weight.scale_dtype == DType::kF16) {
-      of_dtype(DTypeConstant<DType::kF16>{});
     } else {
-      of_dtype(DTypeConstant<DType::kF32>{});
+      WithDType(weight.scale_dtype, [&](auto dtype) {
+        constexpr DType kDType = decltype(dtype)::value;
+        TakeScales(n, count, state, [&](int64_t at, __mmask16 mask, F* scales, F* biases) __attribute__((always_inline)) {
+          *scales = LoadAhead<kDType>(weight.scales, at, mask), *biases = LoadAhead<kDType>(weight.biases, at, mask);
+        });
+      });
     }
   }
 
