@@ -26,9 +26,7 @@ namespace {
 constexpr int64_t kBlockTerms = 128;       // of K in a block, at most, but two groups at least
 constexpr int64_t kMaxBlockSteps = 8;
 constexpr int64_t kMaxStrip = 8;           // blocks of 16 rows of w whose tiles are in the first-level cache
-constexpr int64_t kTaskBlocks = 16;        // of 16 rows of w in a task, at most
 constexpr int64_t kSlabBytes = 1 << 20;    // of packed x, which is to stay in the second-level cache
-constexpr int64_t kPassBytes = 8 << 20;    // of packed x at a time
 
 struct TileScratch {
   alignas(64) float products[2][kMaxBlockSteps][2][kFloats];  // [turn][group][block of a pair]

@@ -18,14 +18,22 @@ namespace jaxq::cpu {
 namespace JAXQ_ISA {
 namespace {
 
-constexpr int64_t kStep = 32;         // codes, fewer where a group has fewer
-constexpr int64_t kSide = 16;         // rows of a tile, and columns of a result
-constexpr int64_t kHalves = 512;      // bfloat16 in a tile
-constexpr int64_t kFloats = 256;      // floats in a tile
-constexpr int64_t kAheadBytes = 128;  // of a row of w, that are fetched ahead
+constexpr int64_t kStep = 32;            // codes, fewer where a group has fewer
+constexpr int64_t kSide = 16;            // rows of a tile, and columns of a result
+constexpr int64_t kHalves = 512;         // bfloat16 in a tile
+constexpr int64_t kFloats = 256;         // floats in a tile
+constexpr int64_t kAheadBytes = 128;     // of a row of w, that are fetched ahead
+constexpr int64_t kTaskBlocks = 16;      // of 16 rows of w in a task, at most
+constexpr int64_t kPassBytes = 8 << 20;  // of packed x at a time
 
 JAXQ_INLINE __m512 Cut(__m512 v) {  // what bfloat16 holds of it
   return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(-65536)));
+}
+
+// The upper halves of two vectors, interleaved.
+JAXQ_INLINE __m512i UpperHalves(__m512 even, __m512 odd) {
+  const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
+  return _mm512_mask_blend_epi16(0xaaaaaaaa, low, _mm512_castps_si512(odd));
 }
 
 JAXQ_INLINE int64_t PartsOf(DType dtype) { return dtype == DType::kF32 ? 3 : dtype == DType::kF16 ? 2 : 1; }

@@ -24,12 +24,10 @@ namespace jaxq::cpu {
 namespace JAXQ_ISA {
 namespace {
 
-constexpr int64_t kRing = 3;                  // groups of w: one is multiplied, one is ready, one is written
-constexpr int64_t kMaxSteps = 4;              // of a group
-constexpr int64_t kBiasParts = 3;             // of biases and of the sums of x
-constexpr int64_t kChunkBlocks = 4;           // of x, whose sums are in tiles
-constexpr int64_t kPartsPassBytes = 8 << 20;  // of packed x at a time
-constexpr int64_t kPartsTaskBlocks = 16;      // of 16 rows of w in a task, at most
+constexpr int64_t kRing = 3;         // groups of w: one is multiplied, one is ready, one is written
+constexpr int64_t kMaxSteps = 4;     // of a group
+constexpr int64_t kBiasParts = 3;    // of biases and of the sums of x
+constexpr int64_t kChunkBlocks = 4;  // of x, whose sums are in tiles
 
 struct PartsScratch {
   alignas(64) uint16_t ring[kRing * kMaxSteps * 2 * kHalves];
@@ -42,12 +40,6 @@ JAXQ_INLINE int WeightParts(const Format& format, DType scale_dtype) {
   if (!format.affine()) return 1;
   const int scale_bits = scale_dtype == DType::kF32 ? 24 : scale_dtype == DType::kF16 ? 11 : 8;
   return scale_bits + format.bits - 1 <= 16 ? 2 : 0;  // less the centre, a code has a bit less
-}
-
-// The upper halves of two vectors, interleaved.
-JAXQ_INLINE __m512i UpperHalves(__m512 even, __m512 odd) {
-  const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
-  return _mm512_mask_blend_epi16(0xaaaaaaaa, low, _mm512_castps_si512(odd));
 }
 
 // Stores kParts parts of two vectors, interleaved, a tile apart.
@@ -194,21 +186,16 @@ void SumTiles(const PackedX& x, int64_t depth, int64_t block, uint16_t* out) {
 
 // ---- products
 
-template <int kValue>
-struct Number {
-  static constexpr int value = kValue;
-};
-
 // Blocks kBlock .. kBlocks of x, whose sums are in tiles of those numbers, by the parts of w in tiles 4 and 5. x's
 // tiles, kHalves apart, take turns in 7 and 6. Before each product `between` is called with its number.
 template <int kParts, int kBlocks, int kBlock, typename Between>
 JAXQ_INLINE void MultiplyBlocks(const uint16_t* x, Between&& between) {
   if constexpr (kBlock < kBlocks) {
     constexpr int kX = kBlock % 2 == 0 ? 7 : 6;
-    between(Number<kBlock * kParts>());
+    between(Constant<kBlock * kParts>());
     DotTiles<kBlock, 4, kX>();
     if constexpr (kParts == 2) {
-      between(Number<kBlock * kParts + 1>());
+      between(Constant<kBlock * kParts + 1>());
       DotTiles<kBlock, 5, kX>();
     }
     if constexpr (kBlock + 2 < kBlocks) LoadTile<kX>(x + (kBlock + 2) * kHalves);
@@ -365,13 +352,13 @@ void RunBlocks(const PartsProduct& product, int64_t blocks, int64_t n, int64_t e
 // Only where WeightParts are not 0.
 Outcome MatmulParts(const MatmulArgs& args, const Weight& weight, const Parallel& parallel) {
   const StepUnpacker unpacker(args.format);
-  const int64_t depth = DepthOf(args.format);
+  const int64_t depth = DepthOf(args.format), parts = WeightParts(args.format, args.scale_dtype);
   const StepSplitter splitter(args.x_dtype, unpacker, depth);
   PackedX x = {0, args.K / depth, weight.groups, 1, 1, nullptr, nullptr};
   const int64_t sum_steps = args.format.affine() ? Ceil(x.groups, depth) : 0;
   const int64_t tiles = x.steps * kHalves, sum_tiles = sum_steps * kBiasParts * kHalves, sums = weight.groups * kSide;
   // The rows of x are dealt out evenly to as few passes, and in these to as few chunks, as can be.
-  const int64_t all = Ceil(args.M, kSide), passes = Ceil(all, Most(1, kPartsPassBytes / (2 * tiles)));
+  const int64_t all = Ceil(args.M, kSide), passes = Ceil(all, Most(1, kPassBytes / (2 * tiles)));
   const int64_t most = Ceil(all, passes);
   const Scratch scratch(Room<uint16_t>(most * tiles) + Room<uint16_t>(most * sum_tiles) + Room<float>(most * sums) +
                         Room<PartsScratch>(parallel.slots()) + Room<uint16_t>(parallel.slots() * sum_tiles));
@@ -382,7 +369,7 @@ Outcome MatmulParts(const MatmulArgs& args, const Weight& weight, const Parallel
   x.sums = Take<float>(&cursor, most * sums);
   auto* const slots = Take<PartsScratch>(&cursor, parallel.slots());
   auto* const biases = Take<uint16_t>(&cursor, parallel.slots() * sum_tiles);
-  const int64_t task_rows = kSide * Least(kPartsTaskBlocks, Most(1, args.N / (int64_t{4} * parallel.slots() * kSide)));
+  const int64_t task_rows = kSide * Least(kTaskBlocks, Most(1, args.N / (int64_t{4} * parallel.slots() * kSide)));
   for (int64_t m0 = 0; m0 < args.M; m0 += most * kSide) {
     x.rows = Least(most * kSide, args.M - m0);
     x.chunk = Ceil(x.blocks(), Ceil(x.blocks(), kChunkBlocks));
@@ -395,8 +382,7 @@ Outcome MatmulParts(const MatmulArgs& args, const Weight& weight, const Parallel
       for (int64_t block = 0; block < x.blocks(); block += x.chunk) {
         uint16_t* const own = biases + slot * sum_tiles;
         const PartsProduct product = {args, weight, unpacker, x, packed_sums, sum_steps, m0, block, slots + slot, own};
-        WeightParts(args.format, args.scale_dtype) == 1 ? RunBlocks<1>(product, x.InChunk(block), n, end)
-                                                        : RunBlocks<2>(product, x.InChunk(block), n, end);
+        parts == 1 ? RunBlocks<1>(product, x.InChunk(block), n, end) : RunBlocks<2>(product, x.InChunk(block), n, end);
       }
     });
   }

@@ -228,10 +228,8 @@ class PlainProduct {
                    Set1(s_->biases[row][group]));
       }
       for (int64_t part = 0; part < w_parts_; ++part) {
-        const __m512 high[2] = {Cut(v[0]), Cut(v[1])};
-        const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(v[0]), 16);
-        _mm512_store_si512(s_->panel[step][part][block] + 32 * r, _mm512_or_si512(low, _mm512_castps_si512(high[1])));
-        for (int i = 0; i < 2; ++i) v[i] = _mm512_sub_ps(v[i], high[i]);
+        _mm512_store_si512(s_->panel[step][part][block] + 32 * r, UpperHalves(v[0], v[1]));
+        for (__m512& value : v) value = _mm512_sub_ps(value, Cut(value));
       }
     }
   }

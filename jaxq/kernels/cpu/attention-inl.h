@@ -166,17 +166,12 @@ void AddValues(const float* weights, const void* values, int64_t first, int64_t 
 }
 
 // Calls body(first row, rows as a constant) over `rows` rows, four at a time as long as there are four.
-template <int64_t kRows>
-struct RowsConstant {
-  static constexpr int64_t value = kRows;
-};
-
 template <typename Body>
 JAXQ_INLINE void ForRows(int64_t rows, Body&& body) {
   int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) body(r, RowsConstant<4>{});
-  if (r + 2 <= rows) body(r, RowsConstant<2>{}), r += 2;
-  if (r < rows) body(r, RowsConstant<1>{});
+  for (; r + 4 <= rows; r += 4) body(r, Constant<4>{});
+  if (r + 2 <= rows) body(r, Constant<2>{}), r += 2;
+  if (r < rows) body(r, Constant<1>{});
 }
 
 // ---- one task

@@ -113,11 +113,6 @@ class PairArithmetic {
   }
 
  private:
-  template <auto kValue>
-  struct Constant {
-    static constexpr auto value = kValue;
-  };
-
   static __mmask32 FirstHalves(int64_t count) {
     return count >= 32 ? ~__mmask32{0} : (__mmask32{1} << count) - 1;
   }

@@ -26,41 +26,22 @@ constexpr int kTile = 16;
 JAXQ_INLINE int Least(int64_t a, int64_t b) { return static_cast<int>(a < b ? a : b); }
 
 #if defined(__AVX512F__)
+#include "transpose_words-inl.h"
+
 // Writes from[kTile, kTile] to `to`, transposed. A row of `to` is a cache line, written past the caches where it begins
 // as one: the line is not fetched first, and nothing else is put out of the caches for it.
 JAXQ_INLINE void TransposeFullTile(const uint32_t* from, int64_t from_stride, uint32_t* to, int64_t to_stride) {
   const bool whole_lines = ((reinterpret_cast<uintptr_t>(to) | static_cast<uintptr_t>(to_stride) * 4) & 63) == 0;
-  // Rows by pairs, then by fours, within the quarters of the vectors; then the quarters.
-  __m512i a[16], b[16];
+  __m512i rows[16];
   JAXQ_UNROLL
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(from + i * from_stride);
-  JAXQ_UNROLL
-  for (int i = 0; i < 16; i += 2) {
-    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-  }
-  JAXQ_UNROLL
-  for (int i = 0; i < 16; i += 4)
-    for (int j = 0; j < 2; ++j) {
-      a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
-      a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
-    }
-  JAXQ_UNROLL
-  for (int j = 0; j < 4; ++j) {
-    const __m512i even = _mm512_shuffle_i32x4(a[j], a[j + 4], 0x88), odd = _mm512_shuffle_i32x4(a[j], a[j + 4], 0xdd);
-    const __m512i even2 = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0x88);
-    const __m512i odd2 = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0xdd);
-    b[j] = _mm512_shuffle_i32x4(even, even2, 0x88);
-    b[j + 4] = _mm512_shuffle_i32x4(odd, odd2, 0x88);
-    b[j + 8] = _mm512_shuffle_i32x4(even, even2, 0xdd);
-    b[j + 12] = _mm512_shuffle_i32x4(odd, odd2, 0xdd);
-  }
+  for (int i = 0; i < 16; ++i) rows[i] = _mm512_loadu_si512(from + i * from_stride);
+  TransposeWords(rows);
   JAXQ_UNROLL
   for (int i = 0; i < 16; ++i) {
     if (whole_lines)
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i * to_stride), b[i]);
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i * to_stride), rows[i]);
     else
-      _mm512_storeu_si512(to + i * to_stride, b[i]);
+      _mm512_storeu_si512(to + i * to_stride, rows[i]);
   }
 }
 #elif defined(__AVX2__)

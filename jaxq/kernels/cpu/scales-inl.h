@@ -16,17 +16,12 @@ JAXQ_INLINE int64_t FewRows(const Format& format) {
   return format.bits < 4 ? 8 : format.bits == 4 ? 6 : 4;
 }
 
-template <DType kDType>
-struct DTypeConstant {
-  static constexpr DType value = kDType;
-};
-
 // Calls body with the dtype of scales as a compile-time constant.
 template <typename Body>
 JAXQ_INLINE void WithDType(DType dtype, Body&& body) {
-  if (dtype == DType::kBF16) return body(DTypeConstant<DType::kBF16>{});
-  if (dtype == DType::kF16) return body(DTypeConstant<DType::kF16>{});
-  return body(DTypeConstant<DType::kF32>{});
+  if (dtype == DType::kBF16) return body(Constant<DType::kBF16>{});
+  if (dtype == DType::kF16) return body(Constant<DType::kF16>{});
+  return body(Constant<DType::kF32>{});
 }
 
 JAXQ_INLINE __mmask16 FirstLanes(int64_t count) { return static_cast<__mmask16>((1 << Least(count, 16)) - 1); }

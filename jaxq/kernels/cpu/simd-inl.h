@@ -71,6 +71,12 @@ JAXQ_INLINE int64_t Room(int64_t count) {
   return RoundUp(count * static_cast<int64_t>(sizeof(T)), 64);
 }
 
+// A value as a type, for generic lambdas.
+template <auto kValue>
+struct Constant {
+  static constexpr auto value = kValue;
+};
+
 // count floats from an array of any of the three dtypes.
 void ToFloats(DType dtype, const void* source, int64_t first, int64_t count, float* out) {
   int64_t i = 0;
@@ -187,47 +193,37 @@ JAXQ_INLINE void PackedValues(const uint8_t* w, F* out) {
 }
 
 // Calls body with the kind as a compile-time constant.
-template <Kind kKind>
-struct KindConstant {
-  static constexpr Kind value = kKind;
-};
-
 template <typename Body>
 JAXQ_INLINE void WithKind(Kind kind, Body&& body) {
   switch (kind) {
     case Kind::kUnsigned:
-      return body(KindConstant<Kind::kUnsigned>{});
+      return body(Constant<Kind::kUnsigned>{});
     case Kind::kTwiceE2m1:
-      return body(KindConstant<Kind::kTwiceE2m1>{});
+      return body(Constant<Kind::kTwiceE2m1>{});
     case Kind::kE4m3:
-      return body(KindConstant<Kind::kE4m3>{});
+      return body(Constant<Kind::kE4m3>{});
   }
 }
-
-template <int kBits>
-struct BitsConstant {
-  static constexpr int value = kBits;
-};
 
 // The same with the number of bits.
 template <typename Body>
 JAXQ_INLINE void WithCodes(const Weight& weight, Body&& body) {
-  if (weight.kind == Kind::kTwiceE2m1) return body(KindConstant<Kind::kTwiceE2m1>{}, BitsConstant<4>{});
-  if (weight.kind == Kind::kE4m3) return body(KindConstant<Kind::kE4m3>{}, BitsConstant<8>{});
-  constexpr KindConstant<Kind::kUnsigned> kUnsigned;
+  if (weight.kind == Kind::kTwiceE2m1) return body(Constant<Kind::kTwiceE2m1>{}, Constant<4>{});
+  if (weight.kind == Kind::kE4m3) return body(Constant<Kind::kE4m3>{}, Constant<8>{});
+  constexpr Constant<Kind::kUnsigned> kUnsigned;
   switch (weight.format.bits) {
     case 2:
-      return body(kUnsigned, BitsConstant<2>{});
+      return body(kUnsigned, Constant<2>{});
     case 3:
-      return body(kUnsigned, BitsConstant<3>{});
+      return body(kUnsigned, Constant<3>{});
     case 4:
-      return body(kUnsigned, BitsConstant<4>{});
+      return body(kUnsigned, Constant<4>{});
     case 5:
-      return body(kUnsigned, BitsConstant<5>{});
+      return body(kUnsigned, Constant<5>{});
     case 6:
-      return body(kUnsigned, BitsConstant<6>{});
+      return body(kUnsigned, Constant<6>{});
     default:
-      return body(kUnsigned, BitsConstant<8>{});
+      return body(kUnsigned, Constant<8>{});
   }
 }
 

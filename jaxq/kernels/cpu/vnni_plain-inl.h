@@ -236,11 +236,11 @@ class PlainProduct {
       const auto multiply = [&](auto groups) {
         MultiplySpan<kDigits, decltype(groups)::value>(load_, span, s_->strips[m], at / g, next, y);
       };
-      if (g == 128) multiply(Count<1>{});
-      if (g == 64) multiply(Count<2>{});
-      if (g == 32) multiply(Count<4>{});
+      if (g == 128) multiply(Constant<1>{});
+      if (g == 64) multiply(Constant<2>{});
+      if (g == 32) multiply(Constant<4>{});
       if constexpr (!Quads::kInPairs)
-        if (g == 16) multiply(Count<8>{});
+        if (g == 16) multiply(Constant<8>{});
     }
   }
 
@@ -269,11 +269,6 @@ class PlainProduct {
     }
     return true;
   }
-
-  template <int kCount>
-  struct Count {
-    static constexpr int value = kCount;
-  };
 
   const MatmulArgs& args_;
   const Weight& weight_;
