@@ -70,19 +70,22 @@ def _yarn_magnitude(scaling: RopeScaling) -> float:
 
 
 def tables(config: Config, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """positions: int32[S] -> cosines and sines, float32[S, head_dim / 2], with yarn's factor in them."""
+    """What `rotate` multiplies the first and the second half of a head by, to get each half of the result.
+
+    positions: int32[S] -> float32[S, 2, head_dim / 2] each: (cos, sin) and (-sin, cos), with yarn's factor in them.
+    """
     angle, magnitude = frequencies(config)
     angles = positions.astype(jnp.float32)[:, None] * angle
-    return jnp.cos(angles) * jnp.float32(magnitude), jnp.sin(angles) * jnp.float32(magnitude)
+    cos, sin = jnp.cos(angles) * jnp.float32(magnitude), jnp.sin(angles) * jnp.float32(magnitude)
+    return jnp.stack([cos, sin], -2), jnp.stack([-sin, cos], -2)
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def rotate(x: jax.Array, of_first: jax.Array, of_second: jax.Array) -> jax.Array:
     """x: float[B, S, heads, head_dim]: coordinate i turns with i + head_dim / 2, as in Hugging Face's checkpoints.
 
-    Computed in float32, returned in x's dtype. As one expression over [..., 2, head_dim / 2], which XLA makes one loop
-    of; two halves side by side would be four.
+    Computed in float32, returned in x's dtype. Written as one expression over [..., 2, head_dim / 2] without a reversal,
+    which XLA on CPUs makes one loop of, on all threads; a reversal keeps some of its versions to one thread.
     """
-    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
-    turned = jnp.flip(halves, -2) * jnp.array([[-1], [1]], jnp.float32)
-    cos, sin = cos[:, None, None, :], sin[:, None, None, :]
-    return (halves * cos + turned * sin).reshape(x.shape).astype(x.dtype)
+    first, second = jnp.split(x.astype(jnp.float32)[..., None, :], 2, axis=-1)
+    turned = first * of_first[:, None] + second * of_second[:, None]
+    return turned.reshape(x.shape).astype(x.dtype)
