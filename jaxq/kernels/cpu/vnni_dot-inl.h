@@ -22,7 +22,6 @@ namespace JAXQ_ISA {
 namespace {
 
 constexpr int kVnniRows = 4;     // of w at a time
-constexpr int kVnniPair = 2;     // of those, read at a time where they pass a cache: four are too many streams there
 constexpr int64_t kNear = 8192;  // bytes of w from what is read to what is fetched past a cache
 constexpr int64_t kChunk = 16;   // groups whose scales are in a register
 constexpr int64_t kPage = 4096;
@@ -151,15 +150,15 @@ struct DotTile {
   const DotUnpacker<kBits> unpack;
   // Whether what is fetched passes the second-level cache by: what one row of x meets is not read again.
   const bool passes = kM == 1 && PassingFillsLastLevel();
-  // Bytes of w from what is read to what is fetched: whole pairs of rows, for a row's successor is read along with it.
-  const int64_t ahead = passes ? RoundUp(kNear, kVnniPair * weight.row_bytes) : kAhead;
 
   struct Masks {
     __mmask64 block[2];
   };
 
   struct State {
-    DotX x;  // from the first row on
+    DotX x;                // from the first row on
+    int64_t ahead;         // bytes of w from what is read to what is fetched
+    int64_t groups_ahead;  // and groups, whose scales are; whole blocks of rows
     const uint8_t* w[kRows];
     __m512 totals[kRows][kM];
   };
@@ -188,23 +187,21 @@ struct DotTile {
     }
   }
 
-  // What group `at` has, kAhead bytes of codes on. `size`: bytes of a scale.
-  JAXQ_INLINE void Prefetch(const void* base, int64_t at, int64_t size) const {
-    const int64_t groups = (kAhead * 8 / kBits) >> __builtin_ctz(static_cast<unsigned>(weight.format.group_size));
-    _mm_prefetch(static_cast<const char*>(base) + (at + groups) * size, _MM_HINT_T0);
-  }
-
   template <DType kDType>
-  JAXQ_INLINE __m512 LoadAhead(const void* base, int64_t at, __mmask16 mask) const {
-    Prefetch(base, at, SizeOf(kDType));
+  JAXQ_INLINE static __m512 LoadAhead(const void* base, int64_t at, int64_t ahead, __mmask16 mask) {
+    Prefetch(base, at + ahead, SizeOf(kDType));
     return LoadSome(kDType, base, at, mask);
+  }
+  JAXQ_INLINE static void Prefetch(const void* base, int64_t at, int64_t size) {
+    _mm_prefetch(static_cast<const char*>(base) + at * size, _MM_HINT_T0);
   }
 
   // What the scales are is asked once for all rows.
   JAXQ_INLINE void TakeScales(int64_t n, int64_t count, State* state) const {
+    const int64_t ahead = state->groups_ahead;
     if constexpr (kE2m1) {
       TakeScales(n, count, state, [&](int64_t at, __mmask16 mask, F* scales, F* biases) __attribute__((always_inline)) {
-        Prefetch(weight.scales, at, 1);
+        Prefetch(weight.scales, at + ahead, 1);
         *scales = LoadScales(weight, at, mask);
         *biases = _mm512_mul_ps(*scales, _mm512_set1_ps(-12.0f));  // scales are halved already
       });
@@ -212,7 +209,8 @@ struct DotTile {
       WithDType(weight.scale_dtype, [&](auto dtype) {
         constexpr DType kDType = decltype(dtype)::value;
         TakeScales(n, count, state, [&](int64_t at, __mmask16 mask, F* scales, F* biases) __attribute__((always_inline)) {
-          *scales = LoadAhead<kDType>(weight.scales, at, mask), *biases = LoadAhead<kDType>(weight.biases, at, mask);
+          *scales = LoadAhead<kDType>(weight.scales, at, ahead, mask);
+          *biases = LoadAhead<kDType>(weight.biases, at, ahead, mask);
         });
       });
     }
@@ -220,7 +218,7 @@ struct DotTile {
 
   // The packed bytes of one row of w in a step.
   template <bool kPasses>
-  JAXQ_INLINE void Load(const uint8_t* w, Masks bytes, __m512i* packed) const {
+  JAXQ_INLINE void Load(const uint8_t* w, int64_t ahead, Masks bytes, __m512i* packed) const {
     JAXQ_UNROLL
     for (int b = 0; b < kBlocks; ++b) {
       const uint8_t* at = w + b * Shape::kBlockBytes;
@@ -240,13 +238,13 @@ struct DotTile {
     return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 8), parts[2]));
   }
 
-  // One step of rows r0 .. r0+kPair, whose first group is `group`. `lanes`: the group of each lane, from that one on.
-  template <int kPair, bool kPasses>
-  JAXQ_INLINE void Step(int r0, int64_t step, int64_t group, Masks bytes, __m512i lanes, State* state) const {
-    __m512i packed[kPair][kBlocks], parts[kPair][kM][kDigits];
+  // One step, whose first group is `group`. `lanes`: the group of each lane, from that one on.
+  template <bool kPasses>
+  JAXQ_INLINE void Step(int64_t step, int64_t group, Masks bytes, __m512i lanes, State* state) const {
+    __m512i packed[kRows][kBlocks], parts[kRows][kM][kDigits];
     JAXQ_UNROLL
-    for (int r = 0; r < kPair; ++r) {
-      Load<kPasses>(state->w[r0 + r] + step * Shape::kBytes, bytes, packed[r]);
+    for (int r = 0; r < kRows; ++r) {
+      Load<kPasses>(state->w[r] + step * Shape::kBytes, state->ahead, bytes, packed[r]);
       JAXQ_UNROLL
       for (auto& row : parts[r])
         JAXQ_UNROLL
@@ -256,33 +254,33 @@ struct DotTile {
     const int64_t stride = state->x.steps * Shape::kDigitBytes;
     JAXQ_UNROLL
     for (int i = 0; i < kPlanes * kBlocks; ++i, digits += kDigits * 64) {
-      __m512i codes[kPair];
+      __m512i codes[kRows];
       JAXQ_UNROLL
-      for (int r = 0; r < kPair; ++r) codes[r] = unpack.template Plane<kE2m1>(packed[r][i % kBlocks], i / kBlocks);
+      for (int r = 0; r < kRows; ++r) codes[r] = unpack.template Plane<kE2m1>(packed[r][i % kBlocks], i / kBlocks);
       JAXQ_UNROLL
       for (int m = 0; m < kM; ++m) {
         JAXQ_UNROLL
         for (int d = 0; d < kDigits; ++d) {
           const __m512i digit = _mm512_loadu_si512(digits + m * stride + d * 64);
           JAXQ_UNROLL
-          for (int r = 0; r < kPair; ++r) parts[r][m][d] = DotBytes(parts[r][m][d], codes[r], digit);
+          for (int r = 0; r < kRows; ++r) parts[r][m][d] = DotBytes(parts[r][m][d], codes[r], digit);
         }
       }
     }
     const int64_t padded = state->x.padded_groups();
     JAXQ_UNROLL
-    for (int r = 0; r < kPair; ++r) {
+    for (int r = 0; r < kRows; ++r) {
       JAXQ_UNROLL
       for (int m = 0; m < kM; ++m) {
-        const __m512 groups = _mm512_loadu_ps(scaled + ((r0 + r) * kM + m) * padded + group);
+        const __m512 groups = _mm512_loadu_ps(scaled + (r * kM + m) * padded + group);
         const __m512 scales = _mm512_permutexvar_ps(lanes, groups);
-        __m512* total = &state->totals[r0 + r][m];
+        __m512* total = &state->totals[r][m];
         *total = _mm512_fmadd_ps(Join(parts[r][m]), scales, *total);
       }
     }
   }
 
-  static Masks FirstOf(int64_t bytes) {
+  JAXQ_INLINE static Masks FirstOf(int64_t bytes) {
     return {{FirstBytes(Least(bytes, Shape::kBlockBytes)), FirstBytes(Most(0, bytes - Shape::kBlockBytes))}};
   }
 
@@ -294,44 +292,44 @@ struct DotTile {
     return _mm512_srl_epi32(first, _mm_cvtsi32_si128(__builtin_ctz(static_cast<unsigned>(g))));
   }
 
-  // All of K, kPair rows at a time.
-  template <int kPair, bool kPasses>
+  // All of K.
+  template <bool kPasses>
   JAXQ_INLINE void Steps(State* state) const {
     const int64_t g = weight.format.group_size, per_step = Shape::kCodes / g;
     const __m512i lanes = LaneGroups(g);
     const int64_t whole = args.K / Shape::kCodes, rest = args.K % Shape::kCodes;
-    JAXQ_UNROLL
-    for (int r = 0; r < kRows; r += kPair) {
-      for (int64_t step = 0; step < whole; ++step)
-        Step<kPair, kPasses>(r, step, step * per_step, FirstOf(Shape::kBytes), lanes, state);
-      if (rest) Step<kPair, kPasses>(r, whole, whole * per_step, FirstOf(rest / 8 * kBits), lanes, state);
-    }
+    for (int64_t step = 0; step < whole; ++step)
+      Step<kPasses>(step, step * per_step, FirstOf(Shape::kBytes), lanes, state);
+    if (rest) Step<kPasses>(whole, whole * per_step, FirstOf(rest / 8 * kBits), lanes, state);
   }
 
   // Rows n .. n+count of w, kRows at most.
-  JAXQ_INLINE void Rows(int64_t n, int64_t count, const DotX& x, int64_t m0) const {
-    State state;
-    state.x = x.From<Shape>(m0);
+  JAXQ_INLINE void Rows(int64_t n, int64_t count, int64_t m0, State* state) const {
     JAXQ_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      state.w[r] = weight.packed + (n + Least(r, count - 1)) * weight.row_bytes;
+      state->w[r] = weight.packed + (n + Least(r, count - 1)) * weight.row_bytes;
       JAXQ_UNROLL
-      for (int m = 0; m < kM; ++m) state.totals[r][m] = _mm512_setzero_ps();
+      for (__m512& total : state->totals[r]) total = _mm512_setzero_ps();
     }
-    TakeScales(n, count, &state);
-    kM == 1 && passes ? Steps<kVnniPair, kM == 1>(&state) : Steps<kRows, false>(&state);
+    TakeScales(n, count, state);
+    kM == 1 && passes ? Steps<kM == 1>(state) : Steps<false>(state);
     JAXQ_UNROLL
     for (int m = 0; m < kM; ++m) {
       __m512 totals[4];
       JAXQ_UNROLL
-      for (int r = 0; r < 4; ++r) totals[r] = r < kRows ? state.totals[r % kRows][m] : _mm512_setzero_ps();
+      for (int r = 0; r < 4; ++r) totals[r] = r < kRows ? state->totals[r % kRows][m] : _mm512_setzero_ps();
       StoreSome(args.x_dtype, args.y, (m0 + m) * args.N + n, count, SumFour(totals));
     }
   }
 
   // Rows first .. last of w by rows m0 .. m0+kM of x.
   void operator()(int64_t first, int64_t last, const DotX& x, int64_t m0) const {
-    for (int64_t n = first; n < last; n += kRows) Rows(n, Least(kRows, last - n), x, m0);
+    State state;
+    state.x = x.From<Shape>(m0);
+    // Past a cache, whole blocks of rows: what is fetched is what the same rows' successors have at the same place.
+    state.ahead = passes ? RoundUp(kNear, kRows * weight.row_bytes) : kAhead;
+    state.groups_ahead = RoundUp(kAhead * 8 / kBits / weight.format.group_size, kRows * weight.groups);
+    for (int64_t n = first; n < last; n += kRows) Rows(n, Least(kRows, last - n), m0, &state);
   }
 };
 
