@@ -175,12 +175,27 @@ def conversion_cases(args) -> list[dict]:
 
 
 def overhead_cases(args) -> list[dict]:
-    """A 64x256 weight and one row of x beside a custom call that does nothing."""
+    """A 64x256 weight and one row of x beside a custom call that does nothing, each called again and again inside one
+    program, on a row of its own each time."""
+    calls = 200
     rng = np.random.default_rng(0)
     qw = random_weight(rng, 64, 256, "float32", bits=4, group_size=64)
-    x = jnp.asarray(rng.standard_normal((1, 256)), jnp.float32)
-    empty = call(lambda x: jax.ffi.ffi_call("jaxq_empty_cpu", jax.ShapeDtypeStruct(x.shape, x.dtype))(x), x)
-    seconds = interleave({"empty call": empty, OURS: ours(x, qw, args.implementation)}, 4 * args.rounds)
+    rows = jnp.asarray(rng.standard_normal((calls, 1, 256)), jnp.float32)
+
+    def empty(x, qw):
+        return jax.ffi.ffi_call("jaxq_empty_cpu", jax.ShapeDtypeStruct(x.shape, x.dtype))(x)[:, :64]
+
+    def product(x, qw):
+        return jaxq.quantized_matmul(x, qw, implementation=args.implementation)
+
+    def repeated(one):
+        def program(rows, qw):
+            return jax.lax.fori_loop(0, calls, lambda i, y: y + one(rows[i], qw), jnp.zeros((1, 64), rows.dtype))
+
+        return call(program, rows, qw)
+
+    seconds = interleave({"empty call": repeated(empty), OURS: repeated(product)}, 4 * args.rounds)
+    seconds = {name: total / calls for name, total in seconds.items()}
     extra, base = seconds[OURS] - seconds["empty call"], seconds["empty call"]
     print(f"overhead: {extra * 1e6:.1f} us over an empty call's {base * 1e6:.1f}")
     return [{"case": "overhead 64x256 M=1", "seconds": seconds}]
