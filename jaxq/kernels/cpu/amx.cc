@@ -21,7 +21,8 @@ namespace {
 }  // namespace
 }  // namespace jaxq::cpu::amx
 
-#include "amx_gemm-inl.h"
+#include "amx_codes-inl.h"
+#include "amx_digits-inl.h"
 #include "amx_parts-inl.h"
 #include "amx_plain-inl.h"
 
@@ -74,7 +75,9 @@ Outcome Matmul(const MatmulArgs& args, const Parallel& parallel) {
   if (!args.transpose) return MatmulPlain(args, weight, parallel);
   if (args.x_dtype == DType::kBF16 && args.M >= kLeastPartsRows && WeightParts(args.format, args.scale_dtype) > 0)
     return MatmulParts(args, weight, parallel);
-  return args.format.affine() ? MatmulTiles<true>(args, weight, parallel) : MatmulTiles<false>(args, weight, parallel);
+  const bool integers = args.format.mode != Mode::kMxfp8;
+  const Outcome outcome = integers ? MatmulDigits(args, weight, parallel) : Outcome::kDeclined;
+  return outcome == Outcome::kDeclined ? MatmulCodes(args, weight, parallel) : outcome;
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The two operands of amx_gemm-inl.h's products, a step of up to 32 codes at a time. (amx_parts-inl.h has another A.)
+// The two operands of amx_codes-inl.h's products, a step of up to 32 codes at a time. (amx_parts-inl.h has another A.)
 //
 //   A, the weight: 16 rows of codes as bfloat16, less the middle of their range: exact, and small enough that bias and
 //   code do not cancel. Scales wait until a group has been summed in float32.
@@ -152,13 +152,13 @@ class StepUnpacker {
   __m512i shifts_, spread_, low_, high_, upper_;
 };
 
-// Rows of x as B tiles, [chunk of blocks of 16 rows][step][block][part][512], and their sums over groups,
-// [block][group][16].
+// Rows of x as B tiles, [chunk of blocks of 16 rows][step][block][part][512], and their sums over groups, and what the
+// digits of a group count in, if digits are the parts, [block][group][16] each.
 struct PackedX {
   int64_t rows, steps, groups, parts;
   int64_t chunk;  // blocks in a chunk; the last one may have fewer
   uint16_t* tiles;
-  float* sums;
+  float *sums, *units;
 
   JAXQ_INLINE int64_t blocks() const { return Ceil(rows, kSide); }
   JAXQ_INLINE int64_t InChunk(int64_t first) const { return Least(chunk, blocks() - first); }
@@ -167,6 +167,7 @@ struct PackedX {
     return tiles + (first * steps + step * InChunk(first) + at) * parts * kHalves;
   }
   JAXQ_INLINE float* Sums(int64_t block, int64_t group) const { return sums + (block * groups + group) * kSide; }
+  JAXQ_INLINE float* Units(int64_t block, int64_t group) const { return units + (block * groups + group) * kSide; }
 };
 
 // A step of one row of x in the order of the codes, cut into parts.
@@ -234,14 +235,13 @@ void PackGroup(const MatmulArgs& args, const StepSplitter& splitter, int64_t m, 
   for (int64_t r = 0; r < kSide; ++r) sums[r] = _mm512_reduce_add_ps(lanes[r]);
 }
 
-// All of x, from row m0 of args.x on.
-void PackPass(const MatmulArgs& args, const StepSplitter& splitter, const Parallel& parallel, int64_t m0,
-              const PackedX& x) {
+// Calls pack(block, group) for all of a pass.
+template <typename Pack>
+void ForGroups(const MatmulArgs& args, const Parallel& parallel, const PackedX& x, Pack&& pack) {
   const int64_t together = Most(1, 1024 / args.format.group_size), chunks = Ceil(x.groups, together);
   parallel.For(x.blocks() * chunks, [&](int64_t task, int) {
     const int64_t block = task / chunks, first = task % chunks * together;
-    for (int64_t group = first; group < Least(x.groups, first + together); ++group)
-      PackGroup(args, splitter, m0 + block * kSide, block, group, x);
+    for (int64_t group = first; group < Least(x.groups, first + together); ++group) pack(block, group);
   });
 }
 

@@ -354,7 +354,7 @@ Outcome MatmulParts(const MatmulArgs& args, const Weight& weight, const Parallel
   const StepUnpacker unpacker(args.format);
   const int64_t depth = DepthOf(args.format), parts = WeightParts(args.format, args.scale_dtype);
   const StepSplitter splitter(args.x_dtype, unpacker, depth);
-  PackedX x = {0, args.K / depth, weight.groups, 1, 1, nullptr, nullptr};
+  PackedX x = {0, args.K / depth, weight.groups, 1, 1, nullptr, nullptr, nullptr};
   const int64_t sum_steps = args.format.affine() ? Ceil(x.groups, depth) : 0;
   const int64_t tiles = x.steps * kHalves, sum_tiles = sum_steps * kBiasParts * kHalves, sums = weight.groups * kSide;
   // The rows of x are dealt out evenly to as few passes, and in these to as few chunks, as can be.
@@ -373,11 +373,13 @@ Outcome MatmulParts(const MatmulArgs& args, const Weight& weight, const Parallel
   for (int64_t m0 = 0; m0 < args.M; m0 += most * kSide) {
     x.rows = Least(most * kSide, args.M - m0);
     x.chunk = Ceil(x.blocks(), Ceil(x.blocks(), kChunkBlocks));
-    PackPass(args, splitter, parallel, m0, x);
+    ForGroups(args, parallel, x, [&](int64_t block, int64_t group) {
+      PackGroup(args, splitter, m0 + block * kSide, block, group, x);
+    });
     if (sum_steps > 0)
       parallel.For(x.blocks(), [&](int64_t block, int) { SumTiles(x, depth, block, packed_sums + block * sum_tiles); });
     parallel.For(Ceil(args.N, task_rows), [&](int64_t task, int slot) {
-      const TileScope tiles_configured(depth);
+      const TileScope tiles_configured(2 * depth);
       const int64_t n = task * task_rows, end = Least(args.N, n + task_rows);
       for (int64_t block = 0; block < x.blocks(); block += x.chunk) {
         uint16_t* const own = biases + slot * sum_tiles;

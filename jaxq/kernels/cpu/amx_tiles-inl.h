@@ -23,6 +23,11 @@ template <int kC, int kA, int kB>
 JAXQ_INLINE void DotTiles() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
 }
+// kC[m][n] += sum over k of kA[m][k] * kB[k/4][n][k%4]: 16 by 16 32-bit integers and 64 signed bytes of depth.
+template <int kC, int kA, int kB>
+JAXQ_INLINE void DotByteTiles() {
+  asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
+}
 JAXQ_INLINE void ConfigureTiles(const void* config) {
   asm volatile("ldtilecfg %0" ::"m"(*static_cast<const uint8_t(*)[64]>(config)) : "memory");
 }
@@ -32,15 +37,17 @@ JAXQ_INLINE void ReleaseTiles() { asm volatile("tilerelease" ::: "memory"); }
 #include "scripts/amx_emulation.h"
 #endif
 
-// Tiles are configured from its beginning to its end; one for each task. Tiles 0 to 3 are results of 16 rows and columns,
-// 4 and 5 left operands of `depth` columns of bfloat16, 6 and 7 right operands of depth/2 rows.
+// Tiles are configured from its beginning to its end; one for each task. Those from `first_left` on are left operands,
+// of 16 rows of `bytes` bytes, and those from `first_right` on right ones, of bytes/4 rows; all before are results of 16
+// rows and columns.
 class TileScope {
  public:
-  explicit TileScope(int64_t depth = 32) {
+  explicit TileScope(int64_t bytes = 64, int first_left = 4, int first_right = 6) {
     alignas(64) uint8_t config[64] = {1};  // the palette
     for (int i = 0; i < 8; ++i) {
-      config[16 + 2 * i] = static_cast<uint8_t>(i == 4 || i == 5 ? 2 * depth : 64);  // bytes a row, 16 bits each
-      config[48 + i] = static_cast<uint8_t>(i < 6 ? 16 : depth / 2);                 // rows
+      const bool left = i >= first_left && i < first_right;
+      config[16 + 2 * i] = static_cast<uint8_t>(left ? bytes : 64);
+      config[48 + i] = static_cast<uint8_t>(i < first_right ? 16 : bytes / 4);
     }
     ConfigureTiles(config);
   }

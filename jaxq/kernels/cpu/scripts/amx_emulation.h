@@ -1,5 +1,5 @@
 // The tile instructions that amx.cc uses, in plain C++, after the operations in Intel's Instruction Set Reference:
-// LDTILECFG, TILERELEASE, TILEZERO, TILELOADD, TILESTORED and TDPBF16PS. For tests alone, where JAXQ_EMULATE_AMX is
+// LDTILECFG, TILERELEASE, TILEZERO, TILELOADD, TILESTORED, TDPBF16PS and TDPBSSD. For tests alone, where JAXQ_EMULATE_AMX is
 // defined: amx.cc is compiled as it is, over these. Included inside its namespace.
 //
 // Using a tile while none is configured ends the process, as it does on the real thing.
@@ -78,6 +78,21 @@ void DotTiles() {
     float c[16];
     std::memcpy(c, tiles.data[kC][m], 64);
     for (int n = 0; n < columns; ++n) c[n] = Flushed(Flushed(c[n]) + Flushed(sums[0][n] + sums[1][n]));
+    std::memcpy(tiles.data[kC][m], c, 64);
+  }
+}
+
+template <int kC, int kA, int kB>
+void DotByteTiles() {
+  EmulatedTiles& tiles = ConfiguredTiles();
+  const int depth = tiles.bytes[kA], columns = tiles.bytes[kC] / 4;
+  for (int m = 0; m < tiles.rows[kC]; ++m) {
+    int32_t c[16];
+    std::memcpy(c, tiles.data[kC][m], 64);
+    for (int k = 0; k < depth; ++k) {
+      const int32_t left = static_cast<int8_t>(tiles.data[kA][m][k]);
+      for (int n = 0; n < columns; ++n) c[n] += left * static_cast<int8_t>(tiles.data[kB][k / 4][4 * n + k % 4]);
+    }
     std::memcpy(tiles.data[kC][m], c, 64);
   }
 }
