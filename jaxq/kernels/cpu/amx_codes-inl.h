@@ -30,13 +30,14 @@ class CodeArithmetic {
     return true;
   }
 
-  template <int kTurn>
-  JAXQ_INLINE void Multiply(const uint16_t* x, const uint16_t* w, int64_t steps) const {
+  template <int kTurn, typename Between>
+  JAXQ_INLINE void Multiply(const uint16_t* x, const uint16_t* w, int64_t steps, Between&& between) const {
     constexpr int kA = kLeft + kTurn, kB = kRight + kTurn;
     for (int64_t step = 0; step < steps; ++step, w += kHalves) {
       LoadTile<kA>(w);
       for (int64_t part = 0; part < parts; ++part, x += kHalves) {
         LoadTile<kB>(x);
+        if (step + part == 0) between(Constant<0>());
         DotTiles<kTurn, kA, kB>();
       }
     }

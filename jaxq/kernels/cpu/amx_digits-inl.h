@@ -115,17 +115,20 @@ class DigitArithmetic {
     return true;
   }
 
-  template <int kTurn>
-  JAXQ_INLINE static void Multiply(const uint16_t* x, const uint16_t* w, int64_t steps) {
+  template <int kTurn, typename Between>
+  JAXQ_INLINE static void Multiply(const uint16_t* x, const uint16_t* w, int64_t steps, Between&& between) {
     constexpr int kFirst = kTurn * kDigits, kA = kLeft + kTurn % kLefts, kB = kRight, kC = kDigits == 3 ? kB : kB + 1;
     for (int64_t step = 0; step < steps; ++step, w += kHalves, x += kDigits * kHalves) {
       LoadTile<kA>(w);
       LoadTile<kB>(x);
+      if (step == 0) between(Constant<0>());
       DotByteTiles<kFirst, kA, kB>();
       LoadTile<kC>(x + kHalves);
+      if (step == 0) between(Constant<1>());
       DotByteTiles<kFirst + 1, kA, kC>();
       if constexpr (kDigits == 3) {
         LoadTile<kB>(x + 2 * kHalves);
+        if (step == 0) between(Constant<2>());
         DotByteTiles<kFirst + 2, kA, kB>();
       }
     }

@@ -9,7 +9,9 @@
 //     multiplied by all of x, whose tiles come from the second level once for the strip;
 //   - sums stay in registers over a block of K;
 //   - products go through memory, a few KiB: they are stored when the next group has been begun, since that is how long
-//     they take, and scaled while the next block is multiplied, so that nothing waits for anything.
+//     they take, and scaled while the next block is multiplied, so that nothing waits for anything;
+//   - a few rows are scaled, and a tile is stored, before each product, when its operands have been loaded: the CPU looks
+//     ahead no further than about a group's worth of all this.
 // amx_parts-inl.h has the other way, with no other work between the products: what 16 bits of x allow.
 //
 // What is multiplied is an Arithmetic's, amx_digits-inl.h's or amx_codes-inl.h's:
@@ -22,7 +24,8 @@
 //   parts, centre()           tiles of x to a step; what is taken from the codes
 //   Tiles(...)                steps of 16 rows of w as tiles
 //   Pack(args, m, block, group, x)   the same for x; false: this arithmetic can't hold it
-//   Multiply<turn>(x, w, steps)      products of a group into tiles turn*kResults and on
+//   Multiply<turn>(x, w, steps, between)   products of a group into tiles turn*kResults and on; before the first ones,
+//                                    between(Constant<i>()) for each i < kResults
 //   Total(products, units)           a row of these as floats; units: x.units of the group
 
 #ifndef JAXQ_KERNELS_CPU_AMX_GEMM_INL_H_
@@ -142,7 +145,7 @@ class StripProduct {
       default:  // what is left of K
         Settle();
         for (int64_t group = 0; group < groups_; ++group) {
-          Group<0>(&x, &w);
+          Group<0>(&x, &w, [](auto) {});
           StoreTurn<0>(products + group * kResults * kFloats);
         }
     }
@@ -175,13 +178,17 @@ class StripProduct {
     if constexpr (kSettles) Begin(waiting, sums);
     JAXQ_UNROLL
     for (int group = 0; group < kGroups; group += 2, products += 2 * kResults * kFloats) {
-      Group<0>(&x, &w);
-      StoreTurn<1>(late);
-      if constexpr (kSettles) Scale(waiting, group, sums);
-      Group<1>(&x, &w);
-      StoreTurn<0>(products);
+      Group<0>(&x, &w, [&](auto i) __attribute__((always_inline)) {
+        constexpr int kI = decltype(i)::value;
+        StoreTile<kResults + kI>(late + kI * kFloats);
+        if constexpr (kSettles) Scale<kI, kResults>(waiting, group, sums);
+      });
+      Group<1>(&x, &w, [&](auto i) __attribute__((always_inline)) {
+        constexpr int kI = decltype(i)::value;
+        StoreTile<kI>(products + kI * kFloats);
+        if constexpr (kSettles) Scale<kI, kResults>(waiting, group + 1, sums);
+      });
       late = products + kResults * kFloats;
-      if constexpr (kSettles) Scale(waiting, group + 1, sums);
     }
     if constexpr (kSettles) End(waiting, sums);
     late_ = late;
@@ -189,13 +196,13 @@ class StripProduct {
   }
 
   // A group of a block of x by the same of a block of w, into a turn's tiles.
-  template <int kTurn>
-  JAXQ_INLINE void Group(const uint16_t** x, const uint16_t** w) const {
+  template <int kTurn, typename Between>
+  JAXQ_INLINE void Group(const uint16_t** x, const uint16_t** w, Between&& between) const {
     constexpr int kFirst = kTurn * kResults;
     ZeroTile<kFirst>();
     if constexpr (kResults > 1) ZeroTile<kFirst + 1>();
     if constexpr (kResults > 2) ZeroTile<kFirst + 2>();
-    arithmetic_.template Multiply<kTurn>(*x, *w, steps_);
+    arithmetic_.template Multiply<kTurn>(*x, *w, steps_, between);
     *x += steps_ * x_.parts * kHalves, *w += steps_ * kHalves;
   }
 
@@ -212,13 +219,15 @@ class StripProduct {
     JAXQ_UNROLL
     for (int r = 0; r < kSide; ++r) sums[r] = _mm512_maskz_load_ps(waiting.begun, waiting.sums + r * kSide);
   }
+  // Of kOf parts of the rows, number kPart.
+  template <int kPart, int kOf>
   JAXQ_INLINE static void Scale(const Waiting& waiting, int64_t group, __m512* sums) {
     const float* products = waiting.products + group * kResults * kFloats;
     const float *scales = waiting.scales + group * kSide, *biases = waiting.biases + group * kSide;
     const float* units = waiting.units + group * kSide;
     const __m512 x_sums = _mm512_load_ps(waiting.x_sums + group * kSide);
     JAXQ_UNROLL
-    for (int r = 0; r < kSide; ++r) {
+    for (int r = kSide * kPart / kOf; r < kSide * (kPart + 1) / kOf; ++r) {
       if constexpr (kAffine) sums[r] = _mm512_fmadd_ps(x_sums, _mm512_set1_ps(biases[r]), sums[r]);
       const __m512 total = Arithmetic::Total(products + r * kSide, units);
       sums[r] = _mm512_fmadd_ps(total, _mm512_set1_ps(scales[r]), sums[r]);
@@ -237,7 +246,7 @@ class StripProduct {
     const Waiting& waiting = waiting_;
     __m512 sums[kSide];
     Begin(waiting, sums);
-    for (int64_t group = 0; group < waiting.groups; ++group) Scale(waiting, group, sums);
+    for (int64_t group = 0; group < waiting.groups; ++group) Scale<0, 1>(waiting, group, sums);
     End(waiting, sums);
     if (waiting.ends) WriteResults(waiting);
     waiting_.groups = 0;
