@@ -164,6 +164,35 @@ class PlainProduct {
 
   // Columns k .. k+width of w.
   void Run(int64_t k, int64_t width) {
+    switch (3 * w_parts_ + x_.parts) {
+      case 4:
+        return Run<1, 1>(k, width);
+      case 5:
+        return Run<1, 2>(k, width);
+      case 6:
+        return Run<1, 3>(k, width);
+      case 7:
+        return Run<2, 1>(k, width);
+      case 8:
+        return Run<2, 2>(k, width);
+      case 10:
+        return Run<3, 1>(k, width);
+      case 11:
+        return Run<3, 2>(k, width);
+      default:
+        return Run<3, 3>(k, width);
+    }
+  }
+
+ private:
+  // kW, kX: parts of w and x.
+  template <int kW, int kX>
+  void Run(int64_t k, int64_t width) {
+    lone_ ? Run<kW, kX, true>(k, width) : Run<kW, kX, false>(k, width);
+  }
+
+  template <int kW, int kX, bool kLone>
+  void Run(int64_t k, int64_t width) {
     const int64_t strip_bytes = kPlainColumns / 8 * weight_.format.bits;
     std::memset(all_sums_, 0, static_cast<size_t>(Ceil(width, 2 * kSide) * StripSums(pairs_)) * sizeof(float));
     for (first_ = 0; first_ < args_.N; first_ += kPlainRows) {
@@ -177,12 +206,11 @@ class PlainProduct {
         if (!in_tables_) Unpack(rows);
         for (int64_t step = 0; step < steps_; ++step) Dequantize(step, 0);
         for (int64_t pair = 0; pair < pairs_; ++pair)
-          for (int64_t block = 0; block < blocks_; ++block) Multiply(pair, block);
+          for (int64_t block = 0; block < blocks_; ++block) Multiply<kW, kX, kLone>(pair, block);
       }
     }
   }
 
- private:
   // Codes, scales and biases of a block of rows; rows past the end get zeros.
   void Unpack(int64_t rows) const {
     const int64_t g = weight_.format.group_size, groups = count_ / g;
@@ -235,6 +263,7 @@ class PlainProduct {
   }
 
   // 32 rows of x by 32 columns, all steps of the block of rows.
+  template <int kW, int kX, bool kLone>
   void Multiply(int64_t pair, int64_t block) const {
     float* sums = sums_ + (pair * blocks_ + block) * 4 * kFloats;
     LoadTile<0>(sums);
@@ -244,25 +273,7 @@ class PlainProduct {
     // Those of the next span are dequantized while this one's pairs of blocks are first multiplied.
     const int64_t next = (block / span_ + 1) * span_;
     for (int64_t step = 0; step < steps_; ++step) {
-      int64_t w_part = -1, x_part = -1;
-      for (const auto& parts : kProducts) {
-        if (parts[0] >= w_parts_ || parts[1] >= x_.parts) continue;
-        if (w_part != parts[0]) {
-          const auto* w = s_->panel[step][w_part = parts[0]] + 2 * block;
-          LoadTile<6>(w[0]);
-          LoadTile<7>(w[1]);
-        }
-        if (x_part != parts[1]) {
-          const uint16_t* x = x_.Tile(pair, first_ / kStep + step, x_part = parts[1]);
-          LoadTile<4>(x);
-          if (!lone_) LoadTile<5>(x + kHalves);
-        }
-        DotTiles<0, 4, 6>();
-        DotTiles<1, 4, 7>();
-        if (lone_) continue;
-        DotTiles<2, 5, 6>();
-        DotTiles<3, 5, 7>();
-      }
+      Products<kW, kX, kLone, 0, -1, -1>(s_->panel[step], 2 * block, x_.Tile(pair, first_ / kStep + step, 0));
       if (pair == 0 && next < blocks_ && step % span_ == block % span_) Dequantize(step, next);
     }
     StoreTile<0>(sums);
@@ -271,8 +282,27 @@ class PlainProduct {
     StoreTile<3>(sums + 3 * kFloats);
   }
 
+  // Those of kProducts from number kI on of the parts that there are; kWAt and kXAt: the parts that are in tiles.
+  template <int kW, int kX, bool kLone, int kI, int kWAt, int kXAt>
+  JAXQ_INLINE static void Products(const uint16_t (*panel)[kPlainColumns / kSide][kHalves], int64_t block,
+                                   const uint16_t* x) {
+    if constexpr (kI < 6) {
+      constexpr int kWPart = kProducts[kI][0], kXPart = kProducts[kI][1];
+      if constexpr (kWPart >= kW || kXPart >= kX) {
+        Products<kW, kX, kLone, kI + 1, kWAt, kXAt>(panel, block, x);
+      } else {
+        if constexpr (kWPart != kWAt) LoadTile<6>(panel[kWPart][block]), LoadTile<7>(panel[kWPart][block + 1]);
+        if constexpr (kXPart != kXAt) LoadTile<4>(x + kXPart * 2 * kHalves);
+        if constexpr (kXPart != kXAt && !kLone) LoadTile<5>(x + (kXPart * 2 + 1) * kHalves);
+        DotTiles<0, 4, 6>(), DotTiles<1, 4, 7>();
+        if constexpr (!kLone) DotTiles<2, 5, 6>(), DotTiles<3, 5, 7>();
+        Products<kW, kX, kLone, kI + 1, kWPart, kXPart>(panel, block, x);
+      }
+    }
+  }
+
   // Parts of w and x that are multiplied, in an order in which few operands change.
-  static constexpr int64_t kProducts[6][2] = {{0, 2}, {0, 1}, {0, 0}, {2, 0}, {1, 0}, {1, 1}};
+  static constexpr int kProducts[6][2] = {{0, 2}, {0, 1}, {0, 0}, {2, 0}, {1, 0}, {1, 1}};
 
   const MatmulArgs& args_;
   const Weight& weight_;
