@@ -65,15 +65,18 @@ namespace amx {
 namespace {
 
 // Below, the kernels of avx512_bf16 and avx512_vnni were as fast or faster where the two were measured side by side.
-constexpr int64_t kLeastBf16Rows = 6, kLeastRows = 7, kLeastPlainRows = 16;
+constexpr int64_t kLeastBf16Rows = 6, kLeastRows = 7;
+constexpr int64_t kLeastPlainBf16Rows = 32, kLeastPlainRows = 192;  // transpose=False
 constexpr int64_t kLeastPartsRows = 17;  // of bfloat16: below, amx_gemm-inl.h was as fast or faster
 
 Outcome Matmul(const MatmulArgs& args, const Parallel& parallel) {
-  const int64_t least = args.x_dtype == DType::kBF16 ? kLeastBf16Rows : kLeastRows;
-  if (args.M < (args.transpose ? least : kLeastPlainRows)) return Outcome::kDeclined;
+  const bool bf16 = args.x_dtype == DType::kBF16;
+  const int64_t least = bf16 ? kLeastBf16Rows : kLeastRows;
+  const int64_t least_plain = bf16 ? kLeastPlainBf16Rows : kLeastPlainRows;
+  if (args.M < (args.transpose ? least : least_plain)) return Outcome::kDeclined;
   const Weight weight(args, args.N, args.K);
   if (!args.transpose) return MatmulPlain(args, weight, parallel);
-  if (args.x_dtype == DType::kBF16 && args.M >= kLeastPartsRows && WeightParts(args.format, args.scale_dtype) > 0)
+  if (bf16 && args.M >= kLeastPartsRows && WeightParts(args.format, args.scale_dtype) > 0)
     return MatmulParts(args, weight, parallel);
   const bool integers = args.format.mode != Mode::kMxfp8;
   const Outcome outcome = integers ? MatmulDigits(args, weight, parallel) : Outcome::kDeclined;

@@ -305,7 +305,7 @@ inline bool Chosen(uint64_t seed, int64_t step) { return Random(seed).Bits() % s
 // Every format with every pair of dtypes, and tails in every direction; then every regime of M.
 inline std::vector<Case> MatmulCases(bool quick) {
   const DType dtypes[] = {DType::kF32, DType::kF16, DType::kBF16};
-  const int64_t sizes[][3] = {{1, 33, 1}, {2, 7, 3}, {5, 40, 5}, {19, 70, 2}, {9, 17, 9}, {35, 50, 7}};
+  const int64_t sizes[][3] = {{1, 33, 1}, {2, 7, 3}, {5, 40, 5}, {19, 70, 2}, {9, 17, 9}, {35, 50, 7}, {193, 34, 3}};
   std::vector<Case> cases;
   uint64_t seed = 0;
   for (const Format& format : Formats())
