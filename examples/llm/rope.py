@@ -83,8 +83,8 @@ def tables(config: Config, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
 def rotate(x: jax.Array, of_first: jax.Array, of_second: jax.Array) -> jax.Array:
     """x: float[B, S, heads, head_dim]: coordinate i turns with i + head_dim / 2, as in Hugging Face's checkpoints.
 
-    Computed in float32, returned in x's dtype. Written as one expression over [..., 2, head_dim / 2] without a reversal,
-    which XLA on CPUs makes one loop of, on all threads; a reversal keeps some of its versions to one thread.
+    Computed in float32, returned in x's dtype. As one expression over [..., 2, head_dim / 2], which XLA on CPUs makes
+    one loop of, and without a reversal, which keeps some of its versions to one thread.
     """
     first, second = jnp.split(x.astype(jnp.float32)[..., None, :], 2, axis=-1)
     turned = first * of_first[:, None] + second * of_second[:, None]
