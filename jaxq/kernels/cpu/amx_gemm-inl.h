@@ -12,7 +12,8 @@
 //     they take, and scaled while the next block is multiplied, so that nothing waits for anything;
 //   - a few rows are scaled, and a tile is stored, before each product, when its operands have been loaded: the CPU looks
 //     ahead no further than about a group's worth of all this.
-// amx_parts-inl.h has the other way, with no other work between the products: what 16 bits of x allow.
+// amx_parts-inl.h has the other way, sums that stay in tiles: for bfloat16 twice as many products, and yet .65 to .8 of
+// the time from 32 rows on, since nothing is stored or scaled between them.
 //
 // What is multiplied is an Arithmetic's, amx_digits-inl.h's or amx_codes-inl.h's:
 //
