@@ -66,7 +66,7 @@ namespace {
 
 // Below, the kernels of avx512_bf16 and avx512_vnni were as fast or faster where the two were measured side by side.
 constexpr int64_t kLeastBf16Rows = 6, kLeastRows = 7;
-constexpr int64_t kLeastPlainBf16Rows = 32, kLeastPlainRows = 192;  // transpose=False
+constexpr int64_t kLeastPlainBf16Rows = 32, kLeastPlainRows = 96;  // transpose=False
 constexpr int64_t kLeastPartsRows = 17;  // of bfloat16: below, amx_gemm-inl.h was as fast or faster
 
 Outcome Matmul(const MatmulArgs& args, const Parallel& parallel) {

@@ -270,7 +270,7 @@ class StripProduct {
                           // look to the CPU like ones to what is about to be loaded
   int64_t n_ = 0, blocks_ = 0, strip_ = 0, first_ = 0, groups_ = 0, at_ = 0;
   int turn_ = 0;
-  float* late_;   // where the last group's products belong, which are in the second turn's tiles
+  float* late_;  // where the last group's products belong, which are in the second turn's tiles
   Waiting waiting_ = {};
 };
 
