@@ -12,18 +12,15 @@ namespace {
 
 class CodeArithmetic {
  public:
-  static constexpr int kResults = 1, kLeft = 4, kLefts = 2, kRight = 6;
+  static constexpr int kResults = 1, kLeft = 4, kRight = 6;
   static constexpr int64_t kStrip = 8, kBlockTerms = 128, kStepBytes = 2;
   const int64_t parts;
+  const StepUnpacker unpacker;
 
   explicit CodeArithmetic(const MatmulArgs& args)
-      : parts(PartsOf(args.x_dtype)), unpacker_(args.format), splitter_(args.x_dtype, unpacker_, Depth(args.format)) {}
+      : parts(PartsOf(args.x_dtype)), unpacker(args.format), splitter_(args.x_dtype, unpacker, Depth(args.format)) {}
 
   static int64_t Depth(const Format& format) { return DepthOf(format); }
-  float centre() const { return unpacker_.centre(); }
-  void Tiles(const uint8_t* src, int64_t row_bytes, int64_t rows, int64_t steps, uint16_t* out) const {
-    unpacker_.Tiles(src, row_bytes, rows, steps, out);
-  }
 
   bool Pack(const MatmulArgs& args, int64_t m, int64_t block, int64_t group, const PackedX& out) const {
     PackGroup(args, splitter_, m, block, group, out);
@@ -46,7 +43,6 @@ class CodeArithmetic {
   JAXQ_INLINE static __m512 Total(const float* products, const float*) { return _mm512_load_ps(products); }
 
  private:
-  const StepUnpacker unpacker_;
   const StepSplitter splitter_;
 };
 

@@ -28,46 +28,31 @@ class ByteUnpacker {
     for (int i = 0; i < 64; ++i) twice_[i] = static_cast<int8_t>(kTwiceE2m1[i % 16]);
   }
 
-  // What is subtracted from the codes.
-  float centre() const { return format_.affine() ? static_cast<float>(1 << (format_.bits - 1)) : 0.0f; }
+  float centre() const { return CentreOf(format_); }
 
-  // `steps` steps from `src` on into as many tiles. 16 rows, of which `rows` exist; the others repeat the last. Fetches
-  // what follows in each row: a few bytes of every row at a time are nothing that the CPU foresees.
+  // As StepUnpacker's.
   void Tiles(const uint8_t* src, int64_t row_bytes, int64_t rows, int64_t steps, uint16_t* out) const {
     const Unpacker unpack = unpack_;  // in registers: stores might be to *this, as far as the compiler knows
-    const int64_t depth = depth_;
+    const int64_t depth = depth_, bytes = depth / 8 * format_.bits;
     const __m512i centre = _mm512_set1_epi8(static_cast<char>(1 << (format_.bits - 1)));
     if (!format_.affine()) {
       const __m512i twice = _mm512_load_si512(twice_);
-      Rows(src, row_bytes, rows, steps, out, [&](const uint8_t* p) __attribute__((always_inline)) {
+      RowsToTiles(src, row_bytes, rows, steps, bytes, out, [&](const uint8_t* p) __attribute__((always_inline)) {
         return _mm512_shuffle_epi8(twice, unpack(p, depth));
       });
     } else if (format_.bits == 8) {
       const __mmask64 there = FirstBytes(depth);
-      Rows(src, row_bytes, rows, steps, out, [&](const uint8_t* p) __attribute__((always_inline)) {
+      RowsToTiles(src, row_bytes, rows, steps, bytes, out, [&](const uint8_t* p) __attribute__((always_inline)) {
         return _mm512_xor_si512(_mm512_maskz_loadu_epi8(there, p), centre);
       });
     } else {
-      Rows(src, row_bytes, rows, steps, out, [&](const uint8_t* p) __attribute__((always_inline)) {
+      RowsToTiles(src, row_bytes, rows, steps, bytes, out, [&](const uint8_t* p) __attribute__((always_inline)) {
         return _mm512_sub_epi8(unpack(p, depth), centre);
       });
     }
   }
 
  private:
-  template <typename Values>
-  JAXQ_INLINE void Rows(const uint8_t* src, int64_t row_bytes, int64_t rows, int64_t steps, uint16_t* out,
-                        Values&& values) const {
-    const int64_t bytes = depth_ / 8 * format_.bits;
-    for (int64_t r = 0; r < kSide; ++r, out += 32) {
-      const uint8_t* from = src;
-      uint16_t* to = out;
-      for (int64_t i = 0; i < steps; ++i, from += bytes, to += kHalves) _mm512_store_si512(to, values(from));
-      _mm_prefetch(reinterpret_cast<const char*>(src + kAheadBytes), _MM_HINT_T0);
-      if (r + 1 < rows) src += row_bytes;
-    }
-  }
-
   Format format_;
   int64_t depth_;
   Unpacker unpack_;
@@ -82,13 +67,11 @@ class DigitArithmetic {
   static constexpr int64_t kStrip = kDigits == 3 ? 8 : 4, kBlockTerms = kDigits == 3 ? 128 : 256, kStepBytes = 1;
   static constexpr int64_t parts = kDigits;
 
-  explicit DigitArithmetic(const MatmulArgs& args) : unpacker_(args.format) {}
+  const ByteUnpacker unpacker;
+
+  explicit DigitArithmetic(const MatmulArgs& args) : unpacker(args.format) {}
 
   static int64_t Depth(const Format& format) { return ByteDepthOf(format); }
-  float centre() const { return unpacker_.centre(); }
-  void Tiles(const uint8_t* src, int64_t row_bytes, int64_t rows, int64_t steps, uint16_t* out) const {
-    unpacker_.Tiles(src, row_bytes, rows, steps, out);
-  }
 
   // m: the first of the block's rows in args.x. False: see SplitGroup.
   static bool Pack(const MatmulArgs& args, int64_t m, int64_t block, int64_t group, const PackedX& out) {
@@ -136,14 +119,8 @@ class DigitArithmetic {
 
   JAXQ_INLINE static __m512 Total(const float* products, const float* units) {
     const auto digit = [&](int d) __attribute__((always_inline)) { return _mm512_load_si512(products + d * kFloats); };
-    __m512 total = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(digit(0), 8), digit(1)));
-    if constexpr (kDigits == 3)
-      total = _mm512_fmadd_ps(total, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(digit(2)));
-    return _mm512_mul_ps(total, _mm512_load_ps(units));
+    return _mm512_mul_ps(JoinDigits<kDigits>(digit(0), digit(1), digit(kDigits - 1)), _mm512_load_ps(units));
   }
-
- private:
-  const ByteUnpacker unpacker_;
 };
 
 // Not for E4M3 codes.

@@ -18,12 +18,12 @@
 // What is multiplied is an Arithmetic's, amx_digits-inl.h's or amx_codes-inl.h's:
 //
 //   kResults                  tiles that a group's products leave
-//   kLeft, kLefts, kRight     the first tile of w's, behind two turns of results, and how many there are; then x's
+//   kLeft, kRight             the first tile of w's, behind two turns of results, and the first of x's
 //   kStrip                    blocks of w in a strip, at most kMaxStrip: more of them load x's tiles less often
 //   kBlockTerms               of K in a block, which has 2 to kMaxRun groups though
 //   Depth(format)             codes of a step, whose tiles hold kStepBytes of w to each
-//   parts, centre()           tiles of x to a step; what is taken from the codes
-//   Tiles(...)                steps of 16 rows of w as tiles
+//   parts                     tiles of x to a step
+//   unpacker                  its Tiles() makes tiles of steps of 16 rows of w; centre() is taken from the codes
 //   Pack(args, m, block, group, x)   the same for x; false: this arithmetic can't hold it
 //   Multiply<turn>(x, w, steps, between)   products of a group into tiles turn*kResults and on; before the first ones,
 //                                    between(Constant<i>()) for each i < kResults
@@ -118,14 +118,15 @@ class StripProduct {
   void FillStrip(int64_t end, int64_t count) {
     Settle();  // what still waits needs the scales that are there
     for (int64_t block = strip_; block < end; ++block)
-      FillScales(weight_, n_ + block * kSide, first_, count, arithmetic_.centre(), &s_->scales[block - strip_]);
+      FillScales(weight_, n_ + block * kSide, first_, count, arithmetic_.unpacker.centre(), &s_->scales[block - strip_]);
   }
 
   // The block of K of one block of w as tiles.
   void Unpack(int64_t block) const {
     const int64_t n = n_ + block * kSide, begin = first_ * weight_.format.group_size / 8 * weight_.format.bits;
-    arithmetic_.Tiles(weight_.packed + n * weight_.row_bytes + begin, weight_.row_bytes, Least(kSide, weight_.rows - n),
-                    groups_ * steps_, s_->strip + (block - strip_) * stride_);
+    arithmetic_.unpacker.Tiles(weight_.packed + n * weight_.row_bytes + begin, weight_.row_bytes,
+                               Least(kSide, weight_.rows - n), groups_ * steps_,
+                               s_->strip + (block - strip_) * stride_);
   }
 
   // A block of w by a block of x.

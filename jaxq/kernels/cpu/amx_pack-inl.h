@@ -39,6 +39,24 @@ JAXQ_INLINE __m512i UpperHalves(__m512 even, __m512 odd) {
 JAXQ_INLINE int64_t PartsOf(DType dtype) { return dtype == DType::kF32 ? 3 : dtype == DType::kF16 ? 2 : 1; }
 JAXQ_INLINE int64_t DepthOf(const Format& format) { return Least(kStep, format.group_size); }
 
+// What is subtracted from the codes.
+JAXQ_INLINE float CentreOf(const Format& format) {
+  return format.affine() ? static_cast<float>(1 << (format.bits - 1)) : 0.0f;
+}
+
+// `values` of the `bytes` bytes of each step as a row of its tile.
+template <typename Values>
+JAXQ_INLINE void RowsToTiles(const uint8_t* src, int64_t row_bytes, int64_t rows, int64_t steps, int64_t bytes,
+                             uint16_t* out, Values&& values) {
+  for (int64_t r = 0; r < kSide; ++r, out += 32) {
+    const uint8_t* from = src;
+    uint16_t* to = out;
+    for (int64_t i = 0; i < steps; ++i, from += bytes, to += kHalves) _mm512_store_si512(to, values(from));
+    _mm_prefetch(reinterpret_cast<const char*>(src + kAheadBytes), _MM_HINT_T0);
+    if (r + 1 < rows) src += row_bytes;
+  }
+}
+
 // The codes of one step out of a row of w, as bfloat16.
 class StepUnpacker {
  public:
@@ -69,8 +87,7 @@ class StepUnpacker {
     return format_.affine() ? static_cast<float>(low) - centre() : static_cast<float>(kTwiceE2m1[low & 15u]);
   }
 
-  // What is subtracted from the codes.
-  float centre() const { return format_.affine() ? static_cast<float>(1 << (format_.bits - 1)) : 0.0f; }
+  float centre() const { return CentreOf(format_); }
   int64_t step_bytes() const { return bytes_; }
   bool nibbles() const { return nibbles_; }
 
@@ -93,13 +110,7 @@ class StepUnpacker {
   void Tiles(const uint8_t* src, int64_t row_bytes, int64_t rows, int64_t steps, uint16_t* out) const {
     const int64_t bytes = bytes_;
     With([&](auto&& values) __attribute__((always_inline)) {
-      for (int64_t r = 0; r < kSide; ++r, out += 32) {
-        const uint8_t* from = src;
-        uint16_t* to = out;
-        for (int64_t i = 0; i < steps; ++i, from += bytes, to += kHalves) _mm512_store_si512(to, values(from));
-        _mm_prefetch(reinterpret_cast<const char*>(src + kAheadBytes), _MM_HINT_T0);
-        if (r + 1 < rows) src += row_bytes;
-      }
+      RowsToTiles(src, row_bytes, rows, steps, bytes, out, values);
     });
   }
 

@@ -71,7 +71,8 @@ const char* MissingAmx() {
   return nullptr;
 #elif defined(__linux__)
   const Cpuid seven(7, 0);
-  if (!Bit(seven.edx, 24) || !Bit(seven.edx, 22) || !Bit(seven.edx, 25)) return "this CPU has no AMX for bfloat16 and int8";
+  if (!Bit(seven.edx, 24) || !Bit(seven.edx, 22) || !Bit(seven.edx, 25))
+    return "this CPU has no AMX for bfloat16 and int8";
   if ((SavedState() & 0x60000u) != 0x60000u) return "the operating system does not save AMX tiles";
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) != 0)

@@ -43,3 +43,11 @@ JAXQ_INLINE __m512i DotBytes(__m512i sums, __m512i unsigned_bytes, __m512i signe
   asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(unsigned_bytes), "v"(signed_bytes));
   return sums;
 }
+
+// Sums of each digit (digits-inl.h), the highest first, as floats; of two, the last is not looked at.
+template <int kDigits>
+JAXQ_INLINE __m512 JoinDigits(__m512i d0, __m512i d1, __m512i d2) {
+  const __m512 high = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(d0, 8), d1));
+  if constexpr (kDigits == 2) return high;
+  return _mm512_fmadd_ps(high, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(d2));
+}

@@ -230,11 +230,10 @@ struct DotTile {
 
   // The digits' sums as floats.
   JAXQ_INLINE __m512 Join(const __m512i* parts) const {
-    const __m512i high = _mm512_add_epi32(_mm512_slli_epi32(parts[0], 8), parts[1]);
-    if constexpr (kDigits == 2) return _mm512_cvtepi32_ps(high);
+    if constexpr (kDigits == 2 || kBits >= 6 || kE2m1)
+      return JoinDigits<kDigits>(parts[0], parts[1], parts[kDigits - 1]);
     // In 32 bits there is room for all three digits where codes are below 16: 16 codes of a lane, 15 each, 8355000.
-    if constexpr (kBits >= 6 || kE2m1)
-      return _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(parts[2]));
+    const __m512i high = _mm512_add_epi32(_mm512_slli_epi32(parts[0], 8), parts[1]);
     return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 8), parts[2]));
   }
 

@@ -101,10 +101,7 @@ class QuadArithmetic {
       const __m512 unit = _mm512_set1_ps(x.units[m]), sum = _mm512_set1_ps(x.sums[m]);
       JAXQ_UNROLL
       for (int v = 0; v < 2; ++v) {
-        const __m512i high = _mm512_add_epi32(_mm512_slli_epi32(acc[m][0][v], 8), acc[m][1][v]);
-        __m512 total = _mm512_cvtepi32_ps(high);
-        if constexpr (kDigits == 3)
-          total = _mm512_fmadd_ps(total, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(acc[m][2][v]));
+        const __m512 total = JoinDigits<kDigits>(acc[m][0][v], acc[m][1][v], acc[m][kDigits - 1][v]);
         float* out = y + m * kPanelRows + 16 * v;
         const __m512 biased = _mm512_fmadd_ps(biases[v], sum, _mm512_loadu_ps(out));
         _mm512_storeu_ps(out, _mm512_fmadd_ps(total, _mm512_mul_ps(scales[v], unit), biased));

@@ -215,9 +215,7 @@ JAXQ_INLINE bool SplitStrip(const Weight& weight, int64_t n, int64_t count, int6
 // A sum of each digit, times the digits' unit, plus the bias.
 template <int kDigits>
 JAXQ_INLINE __m512 FloatOfDigits(const __m512i* sums, float unit, float bias) {
-  const __m512i high = _mm512_add_epi32(_mm512_slli_epi32(sums[0], 8), sums[1]);
-  __m512 total = _mm512_cvtepi32_ps(high);
-  if constexpr (kDigits == 3) total = _mm512_fmadd_ps(total, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(sums[2]));
+  const __m512 total = JoinDigits<kDigits>(sums[0], sums[1], sums[kDigits - 1]);
   return _mm512_fmadd_ps(total, _mm512_set1_ps(unit), _mm512_set1_ps(bias));
 }
 

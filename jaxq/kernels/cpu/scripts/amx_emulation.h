@@ -1,6 +1,6 @@
 // The tile instructions that amx.cc uses, in plain C++, after the operations in Intel's Instruction Set Reference:
-// LDTILECFG, TILERELEASE, TILEZERO, TILELOADD, TILESTORED, TDPBF16PS and TDPBSSD. For tests alone, where JAXQ_EMULATE_AMX is
-// defined: amx.cc is compiled as it is, over these. Included inside its namespace.
+// LDTILECFG, TILERELEASE, TILEZERO, TILELOADD, TILESTORED, TDPBF16PS and TDPBSSD. For tests alone, where
+// JAXQ_EMULATE_AMX is defined: amx.cc is compiled as it is, over these. Included inside its namespace.
 //
 // Using a tile while none is configured ends the process, as it does on the real thing.
 
